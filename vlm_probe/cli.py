@@ -1,0 +1,143 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from vlm_probe.settings import ProbeSettings
+from vlm_probe.tokens import CONTROLS
+
+Files = Annotated[tuple[Path, ...], tyro.conf.Positional]
+Settings = Annotated[ProbeSettings, tyro.conf.arg(name="")]
+
+app = tyro.extras.SubcommandApp()
+
+
+@app.command
+def probe(
+    images: Files,
+    settings: Settings = ProbeSettings(),  # noqa: B008 -- frozen
+    *,
+    model: str = "toy",
+    out: Path = Path("probe"),
+) -> None:
+    """Probe pictures, layer by layer.
+
+    Args:
+        images: Pictures, or one conversation file in LLaVA's format (.json).
+        settings: What is asked.
+        model: A model's folder, or "toy" for the embedded one.
+        out: Folder for the tables and report.html.
+    """
+    from vlm_probe.examples import read_examples
+    from vlm_probe.model import load
+    from vlm_probe.probe import probe_layers
+
+    conversations = len(images) == 1 and images[0].suffix == ".json"
+    examples = read_examples(images[0]) if conversations else list(images)
+    _finish(probe_layers(load(model), examples, settings), out)
+
+
+@app.command
+def demo(
+    settings: Settings = ProbeSettings(controls=CONTROLS),  # noqa: B008 -- frozen
+    *,
+    n: int = 108,
+    out: Path = Path("demo"),
+) -> None:
+    """Probe held-out pictures of the embedded toy model, control arms beside it.
+
+    Args:
+        settings: What is asked.
+        n: How many pictures.
+        out: Folder for the tables and report.html.
+    """
+    from vlm_probe.model import load
+    from vlm_probe.probe import probe_layers
+    from vlm_probe.toy.examples import toy_examples
+
+    _finish(probe_layers(load("toy"), toy_examples(n), settings), out)
+
+
+@app.command
+def toy(
+    *,
+    stages: tuple[str, ...] = ("language", "vision", "saes", "adapter"),
+    out: Path = Path("data/toy"),
+    seed: int = 0,
+) -> None:
+    """Train the toy model again, and print what each part reaches on held-out data.
+
+    Args:
+        stages: Which parts, in this order: language, vision, saes, adapter.
+        out: The toy's folder.
+        seed: Of everything random.
+    """
+    from vlm_probe.toy.build import FROZEN, build_frozen, write_description
+
+    valid = (*FROZEN, "adapter")
+    if unknown := [stage for stage in stages if stage not in valid]:
+        raise ValueError(f"unknown stage {unknown[0]!r}; valid: {', '.join(valid)}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_description(out)
+    record = out / "figures.json"
+    figures = json.loads(record.read_text()) if record.is_file() else {}
+    for stage in stages:
+        build = _toy_adapter if stage == "adapter" else build_frozen
+        figures[stage] = build(stage, out, seed=seed)
+        print(f"{stage}: {json.dumps(figures[stage], indent=1)}", flush=True)
+        record.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _toy_adapter(stage: str, folder: Path, *, seed: int) -> dict:
+    """Trains the toy's adapter through its frozen parts, and lets it answer."""
+    from vlm_probe.language import LanguageModel
+    from vlm_probe.toy.examples import toy_examples, training_examples
+    from vlm_probe.training.adapter import AdapterTraining, train_adapter
+    from vlm_probe.training.evaluate import evaluate_adapter
+    from vlm_probe.vision import VisionModel
+
+    vision = VisionModel.load(folder / "vision")
+    language = LanguageModel.load(folder / "language")
+    recipe = AdapterTraining(steps=400, seed=seed)
+    adapter = train_adapter(
+        vision,
+        language,
+        [
+            (training_examples("captions", seed=seed), recipe),
+            (training_examples("answers", seed=seed), replace(recipe, steps=1200)),
+        ],
+        manifest={"seed": seed},
+    )
+    adapter.save(folder / f"{stage}.safetensors")
+    answers = evaluate_adapter(vision, adapter, language, toy_examples(504))
+    right = ["true_right", "shuffled_right"]
+    by_kind = answers.groupby("kind")[right].mean()
+    by_kind.loc["all"] = answers[right].mean()
+    return by_kind.round(3).to_dict("index")
+
+
+def _finish(result, out: Path) -> None:
+    """Prints the layer table, and saves everything."""
+    print(result.table().to_string(index=False, float_format="%.4f"))
+    if result.layers.condition.nunique() > 1:
+        print("\nThe model beside its control arms:")
+        print(result.beside().to_string(float_format="%.3f", na_rep=""))
+    for failure in result.failures.itertuples():
+        print(f"not read: {failure.id}: {failure.error}", file=sys.stderr)
+    result.save(out)
+    print(f"\ntables in {out}, report: {result.report(out / 'report.html')}")
+
+
+def main() -> None:
+    """Runs `vlm-probe`."""
+    try:
+        app.cli(prog="vlm-probe", description="Where image tokens become language.")
+    except (ValueError, TypeError, OSError) as error:
+        sys.exit(f"vlm-probe: {error}")

@@ -1,0 +1,117 @@
+"""What a probe found: tables, and where they came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from vlm_probe.tokens import CONDITIONS, GROUPS, METRICS, check_names
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+TABLES = ("layers", "features", "top_features", "failures")
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Tables of a probe, tidy: one row a case, one column a variable.
+
+    What was not measured is a missing row, never a zero.
+    """
+
+    layers: pd.DataFrame
+    """One row per layer, group and condition: `n_tokens`, `n_images`, and each metric
+    with its 95 % bounds (`fvu`, `fvu_low`, `fvu_high`, ...)."""
+    features: pd.DataFrame
+    """One row per layer, group, condition and feature that fired: `n_tokens` and
+    `n_images` it fired in, `rate` (share of the group's tokens), `mean` of its value
+    where it fired, `max`."""
+    top_features: pd.DataFrame
+    """The strongest features of each image, per layer, group and condition: `rank`
+    from 1, `feature`, `value`, and the place: `position` in the prompt, `token` (the
+    word there; missing for image vectors) and `patch_row`, `patch_column` (missing
+    for words)."""
+    failures: pd.DataFrame
+    """Images that could not be read: their index, id and `error`."""
+    meta: dict[str, Any]
+    """Versions, model and SAE identities with digests, settings, counts and time."""
+
+    def table(
+        self,
+        metrics: Sequence[str] = ("mse", "fvu", "cosine", "l0"),
+        *,
+        groups: Sequence[str] = GROUPS,
+        conditions: Sequence[str] = CONDITIONS,
+    ) -> pd.DataFrame:
+        """Rows of `layers` for some metrics, without bounds, in reading order.
+
+        Raises:
+            ValueError: An unknown metric, group or condition; lists the valid ones.
+        """
+        check_names("metric", metrics, tuple(METRICS))
+        check_names("group", groups, GROUPS)
+        check_names("condition", conditions, CONDITIONS)
+        chosen = self.layers
+        chosen = chosen[chosen.group.isin(groups) & chosen.condition.isin(conditions)]
+        return chosen[
+            ["layer", "group", "condition", "n_tokens", *metrics]
+        ].reset_index(drop=True)
+
+    def beside(self, metrics: Sequence[str] = ("fvu", "cosine", "l0")) -> pd.DataFrame:
+        """The model's numbers beside those of its control arms.
+
+        Returns:
+            Rows by group and layer; columns by metric, then condition.
+        """
+        check_names("metric", metrics, tuple(METRICS))
+        measured = [c for c in CONDITIONS if c in set(self.layers.condition)]
+        wide = self.layers.pivot(
+            index=["group", "layer"], columns="condition", values=list(metrics)
+        )
+        wide = wide.reindex(columns=pd.MultiIndex.from_product([metrics, measured]))
+        return wide.reindex([g for g in GROUPS if g in wide.index], level="group")
+
+    def plot(self, metrics: Sequence[str] = ("fvu", "cosine", "l0"), **how) -> Figure:
+        """Curves over layers; see `vlm_probe.plots.layer_curves`."""
+        from vlm_probe.plots import layer_curves
+
+        return layer_curves(self, metrics, **how)
+
+    def report(self, path: str | Path) -> Path:
+        """One offline HTML page with curves and tables; gives back its path."""
+        from vlm_probe.report import write_report
+
+        return write_report(self, path)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes the tables as parquet and `meta.json` to a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in TABLES:
+            getattr(self, name).to_parquet(folder / f"{name}.parquet", index=False)
+        (folder / "meta.json").write_text(json.dumps(self.meta, indent=1))
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> ProbeResult:
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: Names the files that are not there.
+        """
+        folder = Path(folder)
+        files = [*(folder / f"{name}.parquet" for name in TABLES), folder / "meta.json"]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"no whole result in {folder}: {', '.join(missing)} missing; expected "
+                "a folder written by ProbeResult.save"
+            )
+        tables = {n: pd.read_parquet(folder / f"{n}.parquet") for n in TABLES}
+        return cls(**tables, meta=json.loads((folder / "meta.json").read_text()))

@@ -1,0 +1,157 @@
+"""What a layer's autoencoder makes of its tokens, as sums that add up exactly.
+
+A bootstrap over images redraws images with replacement. Here each image gets, once
+and for all, a Poisson(1) count for every redrawing (Hanley & MacGibbon 2006; Chamandy
+et al. 2012), so every redrawing is a sum like the estimate itself: images can come in
+any order and batches of any size, nothing of an image is kept, and sums of two
+machines are added. Index 0 of the axis `replicate` is the estimate, weight 1 each.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def bootstrap_weights(
+    units: list[int], replicates: int, seed: int
+) -> Float[np.ndarray, "replicate unit"]:
+    """How often each redrawing of the bootstrap holds each image.
+
+    Args:
+        units: Indices of the images in the run; an image has the same weights in every
+            batch, layer, group and condition, so that differences can be bounded too.
+        replicates: Redrawings.
+        seed: Of the redrawings.
+
+    Returns:
+        Weights with the estimate's row of ones in front.
+    """
+    drawn = [np.random.default_rng([seed, u]).poisson(1.0, replicates) for u in units]
+    return np.concatenate([np.ones((1, len(units))), np.stack(drawn, 1)], dtype=float)
+
+
+class LayerSums:
+    """Sums over the tokens of one layer, group and condition, in float64."""
+
+    def __init__(self, d_model: int, n_features: int, replicates: int) -> None:
+        """Starts empty, for `replicates` redrawings beside the estimate."""
+        self.d_model = d_model
+        self.n_features = n_features
+        self.n_tokens = 0
+        self.n_images = 0
+        rows = replicates + 1
+        self._scalars = np.zeros((rows, len(_SCALARS)))
+        self._vector = np.zeros((rows, d_model))
+
+    def add(
+        self,
+        x: Float[Tensor, "token d_model"],
+        x_hat: Float[Tensor, "token d_model"],
+        l0: Int[np.ndarray, " token"],
+        unit: Int[np.ndarray, " token"],
+        weights: Float[np.ndarray, "replicate unit"],
+        *,
+        convention: str = "pooled",
+    ) -> None:
+        """Adds the tokens of some whole images.
+
+        Args:
+            x: Activations.
+            x_hat: Their reconstructions.
+            l0: Non-zero features of each token.
+            unit: For each token, the column of `weights` that it belongs to.
+            weights: Of `bootstrap_weights`.
+            convention: "pooled" weighs every token alike, "paper" every image.
+        """
+        n_units = weights.shape[1]
+        x, x_hat = x.double().cpu(), x_hat.double().cpu()
+        error = (x - x_hat).square().sum(-1)
+        square = x.square().sum(-1)
+        norm = square.sqrt()
+        per_token = torch.stack(
+            [
+                torch.ones_like(norm),
+                error,
+                square,
+                error / square,
+                torch.nn.functional.cosine_similarity(x, x_hat, dim=-1, eps=1e-300),
+                torch.from_numpy(l0).double(),
+                norm,
+            ],
+            dim=1,
+        )
+        index = torch.from_numpy(unit)
+        width = per_token.shape[1]
+        scalars = torch.zeros(n_units, width, dtype=torch.float64)
+        scalars = scalars.index_add(0, index, per_token).numpy()
+        vector = torch.zeros(n_units, self.d_model, dtype=torch.float64)
+        vector = vector.index_add(0, index, x).numpy()
+        counts = scalars[:, 0].copy()
+        present = counts > 0
+        self.n_tokens += int(counts.sum())
+        self.n_images += int(present.sum())
+        if convention == "paper":
+            # A token weighs one over its image's tokens: means of per-image means.
+            share = np.where(present, 1 / np.where(present, counts, 1), 0)[:, None]
+            scalars, vector = scalars * share, vector * share
+        self._scalars += weights @ scalars
+        self._vector += weights @ vector
+
+    def merge(self, other: LayerSums) -> None:
+        """Adds the sums of other images."""
+        if (self.d_model, self.n_features, self._scalars.shape) != (
+            other.d_model,
+            other.n_features,
+            other._scalars.shape,
+        ):
+            raise ValueError(
+                "sums of different shape: "
+                f"{self.d_model} x {self.n_features} x {len(self._scalars)} and "
+                f"{other.d_model} x {other.n_features} x {len(other._scalars)} "
+                "(d_model x features x replicates); merge runs of one setting only"
+            )
+        self.n_tokens += other.n_tokens
+        self.n_images += other.n_images
+        self._scalars += other._scalars
+        self._vector += other._vector
+
+    def replicates(self) -> dict[str, Float[np.ndarray, " replicate"]]:
+        """Every metric of `METRICS`, estimate first, then the redrawings.
+
+        A redrawing that holds no image is NaN.
+        """
+        s = dict(zip(_SCALARS, self._scalars.T, strict=True))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            n = s["tokens"]
+            spread = s["square"] - np.square(self._vector).sum(1) / n
+            return {
+                "mse": s["error"] / (n * self.d_model),
+                "fvu": s["error"] / spread,
+                "nmse": s["nmse"] / n,
+                "cosine": s["cosine"] / n,
+                "l0": s["l0"] / n,
+                "l0_share": s["l0"] / (n * self.n_features),
+                "norm": s["norm"] / n,
+            }
+
+    def row(self) -> dict[str, int | float]:
+        """Every metric with its 95 % bounds, as `name`, `name_low`, `name_high`.
+
+        Bounds are percentiles of the redrawings; NaN for fewer than two images.
+        """
+        row: dict[str, int | float] = {
+            "n_tokens": self.n_tokens,
+            "n_images": self.n_images,
+        }
+        for name, values in self.replicates().items():
+            drawn = values[1:][np.isfinite(values[1:])]
+            bounded = self.n_images > 1 and len(drawn) > 0
+            low, high = np.percentile(drawn, [2.5, 97.5]) if bounded else [np.nan] * 2
+            row |= {name: values[0], f"{name}_low": low, f"{name}_high": high}
+        return row
+
+
+_SCALARS = ("tokens", "error", "square", "nmse", "cosine", "l0", "norm")

@@ -1,0 +1,1 @@
+"""A world where every answer is known, and the small stack trained on it."""

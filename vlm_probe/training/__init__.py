@@ -1,0 +1,1 @@
+"""Fitting the adapter while everything else stays frozen."""
