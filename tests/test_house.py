@@ -17,8 +17,8 @@ PACKAGE = ROOT / "vlm_probe"
 HOUSE = {
     "tokens": (
         0,
-        "The words for axes and token groups, and which position of a prompt belongs "
-        "to which group.",
+        "The words for axes and token groups, and which position belongs to which "
+        "group.",
     ),
     "sums": (
         0,

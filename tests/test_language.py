@@ -7,6 +7,8 @@ import pytest
 import torch
 from tiny import D_MODEL, LAYERS, tiny_language
 
+from vlm_probe.tokens import Prompt
+
 PATCHES = 3
 QUESTIONS = ("what color ?", "where is the red bar ? is it at the top left ?", "look")
 
@@ -108,6 +110,21 @@ def test_what_stands_in_the_pictures_place_is_never_looked_at(language, vectors)
     two = read(language, [other, longer], vectors[:2])
     for layer in range(LAYERS):
         assert torch.equal(one[layer], two[layer])
+
+
+def test_nor_by_a_model_with_a_tokenizer_that_pads_on_the_left(language, vectors):
+    # TransformerLens then takes leading padding for no token at all.
+    ids, pad = (70, 70, 70, 3, 80, 10, 4), language.tokenizer.pad_token_id
+    prompt = Prompt(ids, range(PATCHES), language.special)
+    _, expected = plain(language, prompt, vectors[0])
+    other = precise()
+    other.hooked.tokenizer = other.tokenizer
+    other.tokenizer.padding_side = "left"
+    padded = replace(prompt, ids=(pad,) * PATCHES + ids[PATCHES:])
+    seen = read(other, [padded], vectors[:1])
+    logits = other.logits([padded], vectors[:1])
+    assert_equal(seen[2][0], expected[2])
+    assert_equal(logits[0], plain(language, prompt, vectors[0])[0])
 
 
 def test_nothing_after_the_last_layer_is_run(language, prompts, vectors):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
 from tiny import FEATURES, LAYERS, tiny_model
+
 from vlm_probe.examples import Example
 from vlm_probe.language import LanguageModel
 from vlm_probe.probe import probe_layers
@@ -151,7 +151,7 @@ def test_special_tokens_are_in_no_group(model, pictures, group):
         plain = [e.caption.split() + w for e, w in zip(pictures, plain, strict=True)]
     counted = probe(model, pictures, groups=[group]).layers.n_tokens
     assert (counted == sum(map(len, plain))).all()
-    markers = 3 if group == "text_only" else 2  # beginning of text, two chat markers
+    markers = 2  # of the chat; the beginning of text is never counted
     counted = probe(model, pictures, groups=[group], include_special=True)
     assert (
         counted.layers.n_tokens == sum(map(len, plain)) + markers * len(plain)
@@ -227,7 +227,7 @@ def test_bad_input_is_named(model, pictures, tmp_path):
         probe(model, [pictures[0], np.zeros((8, 8, 3))])
     with pytest.raises(TypeError, match="put it in a list"):
         probe(model, pictures[0].image)
-    with pytest.raises(ValueError, match="none of 1 images could be read.*nowhere"):
+    with pytest.raises(ValueError, match=r"none of 1 images could be read.*nowhere"):
         probe(model, [tmp_path / "nowhere.png"])
     with pytest.raises(ValueError, match="unknown layer '9'; valid: 0, 1, 2"):
         probe(model, pictures, layers=[0, 9])
@@ -244,7 +244,7 @@ def test_not_a_number_is_named_with_layer_and_example(pictures):
     blocks = model.language.hooked.blocks
     with torch.no_grad():
         blocks[1].mlp.b_out[0] = float("nan")
-    with pytest.raises(ValueError, match="layer 1 is not a number.*'toy-0-0'"):
+    with pytest.raises(ValueError, match=r"layer 1 is not a number.*'toy-0-0'"):
         probe(model, pictures)
     probe(model, pictures, layers=[0])  # the layers before are sound
 

@@ -26,7 +26,8 @@ def test_prompts_by_hand(language):
     rest = "<user> what color ? <assistant>"
     assert words(language, asked) == f"<bos> <unk> <unk> <unk> {rest}"
     assert asked.image == range(1, 4)
-    special = {"<pad>", "<bos>", "<unk>", "<user>", "<assistant>", "<end>", "<image>"}
+    # An unknown word is a word all the same.
+    special = {"<pad>", "<bos>", "<user>", "<assistant>", "<end>", "<image>"}
     assert set(language.tokenizer.convert_ids_to_tokens(asked.special)) == special
     told = language.text_prompt("what color ?", "a red bar")
     assert words(language, told) == f"<bos> a red bar {rest}"
@@ -127,7 +128,7 @@ def test_missing_and_unexpected_weights_are_named(saved):
     gone = weights.pop("blocks.1.mlp.W_in")
     save_file(weights | {"blocks.9.mlp.W_in": gone}, folder / "model.safetensors")
     words = (
-        "does not fit its hooked_transformer.json: missing ['blocks.1.mlp.W_in'], "
+        "hooked_transformer.json beside it: missing ['blocks.1.mlp.W_in'], "
         "unexpected ['blocks.9.mlp.W_in']"
     )
     with pytest.raises(ValueError, match=re.escape(words)):

@@ -19,7 +19,7 @@ WITHOUT = Prompt((1, 21, 22, 3, 11, 12, 4), range(0), SPECIAL)
         (WITH_PICTURE, "text_only", [], []),
         (WITHOUT, "image", [], []),
         (WITHOUT, "text_after_image", [], []),
-        (WITHOUT, "text_only", [1, 2, 4, 5], [0, 1, 2, 3, 4, 5, 6]),
+        (WITHOUT, "text_only", [1, 2, 4, 5], [1, 2, 3, 4, 5, 6]),
     ],
 )
 def test_positions_by_hand(prompt, group, words, all_tokens):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -45,36 +45,6 @@ class LinearAdapter(nn.Module):
         """Maps each patch token."""
         return self.linear(patches.to(self.linear.weight))
 
-    @classmethod
-    def standardized(
-        cls,
-        patches: Float[Tensor, "token d_vision"],
-        d_model: int,
-        *,
-        norm: float,
-        seed: int,
-    ) -> LinearAdapter:
-        """An untrained adapter whose outputs have zero mean and a given norm.
-
-        Args:
-            patches: Patch tokens of some pictures; each of their dimensions is brought
-                to mean 0 and variance 1 before the random map, within its weights.
-            d_model: Width of the language model.
-            norm: Root mean square norm of the output vectors.
-            seed: Of the random map.
-        """
-        mean, std = patches.mean(0), patches.std(0).clamp(min=1e-6)
-        d_vision = patches.shape[1]
-        generator = torch.Generator().manual_seed(seed)
-        weight = torch.randn(d_model, d_vision, generator=generator) / std
-        outputs = (patches - mean) @ weight.T
-        weight *= norm / outputs.square().sum(-1).mean().sqrt()
-        adapter = cls(d_vision, d_model)
-        with torch.no_grad():
-            adapter.linear.weight.copy_(weight)
-            adapter.linear.bias.copy_(-weight @ mean)
-        return adapter
-
     def save(self, path: str | Path) -> None:
         """Writes weights and manifest to one safetensors file."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -87,20 +57,26 @@ class LinearAdapter(nn.Module):
 
         Raises:
             FileNotFoundError: There is no such file.
-            ValueError: The file holds no linear adapter.
+            ValueError: The file holds no linear adapter; says what it holds.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no adapter at {path}")
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            if names != {"linear.weight", "linear.bias"}:
-                raise ValueError(
-                    f"{path} holds {', '.join(sorted(names))}; a linear adapter has "
-                    "linear.weight and linear.bias"
-                )
-            state = {name: file.get_tensor(name) for name in names}
-            manifest = json.loads((file.metadata() or {}).get("manifest", "{}"))
-        d_model, d_vision = state["linear.weight"].shape
+        try:
+            with safe_open(path, framework="pt") as file:
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                manifest = json.loads((file.metadata() or {}).get("manifest", "{}"))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no safetensors file: {error}") from error
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        weight = shapes.get("linear.weight", ())
+        if shapes != {"linear.weight": weight, "linear.bias": weight[:1]} or (
+            len(weight) != 2
+        ):
+            raise ValueError(
+                f"{path} holds {shapes}; a linear adapter has linear.weight of shape "
+                "(d_model, d_vision) and linear.bias of shape (d_model,)"
+            )
+        d_model, d_vision = weight
         adapter = cls(d_vision, d_model, manifest=manifest)
         adapter.load_state_dict(state)
         return adapter.eval().requires_grad_(False)

@@ -6,12 +6,15 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from vlm_probe.settings import ProbeSettings
 from vlm_probe.tokens import CONTROLS
+
+if TYPE_CHECKING:
+    from vlm_probe.result import ProbeResult
 
 Files = Annotated[tuple[Path, ...], tyro.conf.Positional]
 Settings = Annotated[ProbeSettings, tyro.conf.arg(name="")]
@@ -50,6 +53,7 @@ def demo(
     *,
     n: int = 108,
     out: Path = Path("demo"),
+    figure: Path | None = None,
 ) -> None:
     """Probe held-out pictures of the embedded toy model, control arms beside it.
 
@@ -57,12 +61,36 @@ def demo(
         settings: What is asked.
         n: How many pictures.
         out: Folder for the tables and report.html.
+        figure: Also write the curves there, as PNG, SVG or PDF; needs the extra
+            "plot" and a Chrome or Chromium.
     """
     from vlm_probe.model import load
     from vlm_probe.probe import probe_layers
     from vlm_probe.toy.examples import toy_examples
 
-    _finish(probe_layers(load("toy"), toy_examples(n), settings), out)
+    result = probe_layers(load("toy"), toy_examples(n), settings)
+    _finish(result, out)
+    if figure is not None:
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        result.plot().write_image(figure, width=1200, height=520, scale=2)
+
+
+@app.command(name="toy-examples")
+def toy_examples(
+    *, n: int = 108, out: Path = Path("toy-examples"), seed: int = 0
+) -> None:
+    """Write held-out toy pictures and questions as a conversation file.
+
+    Args:
+        n: How many pictures.
+        out: Folder for examples.json, in LLaVA's format, and images/.
+        seed: Another seed gives other pictures.
+    """
+    from vlm_probe.examples import write_examples
+    from vlm_probe.toy import examples
+
+    write_examples(examples.toy_examples(n, seed=seed), out / "examples.json")
+    print(f"{n} examples in {out / 'examples.json'}")
 
 
 @app.command
@@ -123,7 +151,7 @@ def _toy_adapter(stage: str, folder: Path, *, seed: int) -> dict:
     return by_kind.round(3).to_dict("index")
 
 
-def _finish(result, out: Path) -> None:
+def _finish(result: ProbeResult, out: Path) -> None:
     """Prints the layer table, and saves everything."""
     print(result.table().to_string(index=False, float_format="%.4f"))
     if result.layers.condition.nunique() > 1:

@@ -98,9 +98,7 @@ def peaks(codes: SparseCodes, unit: Int[np.ndarray, " token"]) -> Peaks:
     order = np.lexsort((codes.token, -codes.value))
     _, first = np.unique(key[order], return_index=True)
     best = order[first]
-    return Peaks(
-        owner[best], codes.feature[best], codes.token[best], codes.value[best]
-    )
+    return Peaks(owner[best], codes.feature[best], codes.token[best], codes.value[best])
 
 
 class FeatureSums:

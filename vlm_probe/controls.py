@@ -32,7 +32,7 @@ def random_adapter(
     x = patches.double().cpu()
     mean = x.mean(0)
     variance, axes = torch.linalg.eigh(torch.cov(x.T, correction=0))
-    # Directions without variance stay as they are: they carry nothing to rotate.
+    # Directions without variance are left out: every token has the mean there.
     kept = variance > variance.max() * 1e-9
     axes, deviation = axes[:, kept], variance[kept].sqrt()
     square = torch.randn(

@@ -100,22 +100,29 @@ def read_examples(path: str | Path, images: str | Path | None = None) -> list[Ex
 
 
 def write_examples(examples: Iterable[Example], path: str | Path) -> None:
-    """Writes examples in LLaVA's format, pictures as PNG into `images/` beside it."""
+    """Writes examples in LLaVA's format, pictures as PNG into `images/` beside it.
+
+    Pictures are numbered in order; an example without picture has no `image`.
+    """
     path = Path(path)
     folder = path.parent / "images"
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for example in as_examples(examples):
-        file = folder / f"{example.id}.png"
-        example.picture().save(file)
+    for index, example in enumerate(as_examples(examples)):
+        row: dict[str, object] = {"id": example.id}
+        if example.image is not None:
+            row["image"] = f"images/{index:06d}.png"
+            example.picture().save(folder / f"{index:06d}.png")
         said = [(f"<image>\n{example.prompt or ''}", example.answer or "")]
         turns = [
             {"from": who, "value": words}
             for pair in [*said, *example.turns]
             for who, words in zip(("human", "gpt"), pair, strict=True)
         ]
-        row = {"id": example.id, "image": f"images/{file.name}", "conversations": turns}
-        rows.append(row | ({"caption": example.caption} if example.caption else {}))
+        row["conversations"] = turns
+        if example.caption is not None:
+            row["caption"] = example.caption
+        rows.append(row)
     path.write_text(json.dumps(rows, indent=1))
 
 
@@ -137,6 +144,8 @@ def _row(path: Path, index: int, row: object, folder: Path) -> Example:
     for turn in row["conversations"]:
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
             raise ValueError(f"{where} has a turn without 'from' or 'value': {turn!r}")
+        if not isinstance(turn["value"], str):
+            raise ValueError(f"{where} has a turn whose 'value' is no text: {turn!r}")
         said.append((turn["from"], turn["value"].replace("<image>", "").strip()))
     who = [speaker for speaker, _ in said]
     if not said or who != ["human", "gpt"] * (len(said) // 2) + ["human"] * (
@@ -148,6 +157,8 @@ def _row(path: Path, index: int, row: object, folder: Path) -> Example:
     words = [value for _, value in said]
     pairs = list(zip(words[::2], words[1::2], strict=False))
     image = row.get("image")
+    if not isinstance(image, str | None):
+        raise ValueError(f"{where}: 'image' must be one path, given {image!r}")
     return Example(
         image=None if image is None else folder / image,
         prompt=words[0] or None,

@@ -43,17 +43,19 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.name = name
         self.default_prompt = default_prompt
-        self.special = frozenset(tokenizer.all_special_ids)
+        self.special = _special_ids(tokenizer)
         self._traced = NNsight(self.hooked)
 
     @classmethod
     def load(
         cls, folder: str | Path, *, default_prompt: str = "Describe the picture."
     ) -> LanguageModel:
-        """Loads a folder with `hooked_transformer.json`, `model.safetensors` and a tokenizer.
+        """Loads a folder with a HookedTransformer and its tokenizer.
 
-        The config is `HookedTransformerConfig.to_dict()`, the weights the state dict
-        without the causal masks; they are computed with in float32.
+        The files are `hooked_transformer.json`, `model.safetensors`, and what
+        Hugging Face tokenizers save. The config is `HookedTransformerConfig.to_dict()`,
+        the weights the state dict without the causal masks; they are computed with in
+        float32.
         """
         folder = Path(folder)
         config = json.loads((folder / "hooked_transformer.json").read_text())
@@ -65,8 +67,9 @@ class LanguageModel:
         missing = [m for m in missing if m.rsplit(".", 1)[-1] not in _MADE_ANEW]
         if missing or unexpected:
             raise ValueError(
-                f"{folder / 'model.safetensors'} does not fit its hooked_transformer.json: missing "
-                f"{missing or 'nothing'}, unexpected {unexpected or 'nothing'}"
+                f"{folder / 'model.safetensors'} does not fit "
+                f"hooked_transformer.json beside it: missing {missing or 'nothing'}, "
+                f"unexpected {unexpected or 'nothing'}"
             )
         tokenizer = AutoTokenizer.from_pretrained(folder)
         return cls(hooked, tokenizer, name=folder.name, default_prompt=default_prompt)
@@ -178,7 +181,7 @@ class LanguageModel:
         ) as tracer:
             self._traced.hook_embed.output[rows, positions] = put
             logits = tracer.result.save()
-        return logits
+        return logits  # noqa: RET504 -- bound in the trace, which runs elsewhere
 
     @torch.no_grad()
     def generate(
@@ -207,9 +210,7 @@ class LanguageModel:
                 prompt = growing[i]
                 token = int(logits[row, len(prompt.ids) - 1].argmax())
                 said[i].append(token)
-                growing[i] = Prompt(
-                    (*prompt.ids, token), prompt.image, prompt.special
-                )
+                growing[i] = Prompt((*prompt.ids, token), prompt.image, prompt.special)
         return [
             self.tokenizer.decode(words, skip_special_tokens=True) for words in said
         ]
@@ -283,9 +284,19 @@ _MADE_ANEW = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
 """Buffers that a HookedTransformer computes from its config."""
 
 
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids that are no words; an unknown word is one, unless its id means more."""
+    ids = set(tokenizer.all_special_ids)
+    if tokenizer.unk_token_id not in (
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+    ):
+        ids.discard(tokenizer.unk_token_id)
+    return frozenset(ids)
+
+
 def _placeholder(tokenizer: PreTrainedTokenizerBase) -> int:
     """An id to stand where vectors go; never the padding's, which could be masked."""
     candidates = (tokenizer.unk_token_id, tokenizer.eos_token_id, 0, 1)
-    return next(
-        i for i in candidates if i is not None and i != tokenizer.pad_token_id
-    )
+    return next(i for i in candidates if i is not None and i != tokenizer.pad_token_id)

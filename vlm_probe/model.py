@@ -66,8 +66,8 @@ class VisionLanguageModel:
                     "on this language model"
                 )
         if not self.reference_texts:
-            lines = (data_folder() / "reference_texts.txt").read_text().splitlines()
-            object.__setattr__(self, "reference_texts", tuple(filter(None, lines)))
+            texts = _lines(data_folder() / "reference_texts.txt")
+            object.__setattr__(self, "reference_texts", texts)
 
     def identities(self) -> dict[str, dict[str, str]]:
         """Name and SHA-256 of the weights of each part."""
@@ -115,10 +115,12 @@ def load(source: str | Path = "toy") -> VisionLanguageModel:
         ),
         saes=load_saes(folder / "saes"),
         name=about["name"],
-        reference_texts=(
-            tuple(texts.read_text().splitlines()) if texts.is_file() else ()
-        ),
+        reference_texts=_lines(texts) if texts.is_file() else (),
     )
+
+
+def _lines(file: Path) -> tuple[str, ...]:
+    return tuple(filter(None, file.read_text().splitlines()))
 
 
 def _digest(module: nn.Module) -> str:
@@ -129,4 +131,3 @@ def _digest(module: nn.Module) -> str:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.flatten().view(torch.uint8).numpy())
     return found.hexdigest()
-

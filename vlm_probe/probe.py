@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -128,9 +129,7 @@ class _Run:
         patches = self.model.vision.encode([item.picture for item in batch])
         units = [item.index for item in batch]
         language, asked = self.model.language, self.settings.groups
-        weights = bootstrap_weights(
-            units, self.settings.replicates, self.settings.seed
-        )
+        weights = bootstrap_weights(units, self.settings.replicates, self.settings.seed)
         if {"image", "text_after_image"} & set(asked):
             prompts = [
                 language.image_prompt(item.example.prompt, patches.shape[1])
@@ -175,7 +174,8 @@ class _Run:
             features=pd.concat(features, ignore_index=True),
             top_features=pd.concat(top, ignore_index=True),
             failures=pd.DataFrame(self.failures, columns=["image", "id", "error"]),
-            meta=self._meta() | when,
+            # Through JSON, so that a result is the same after saving and loading.
+            meta=json.loads(json.dumps(self._meta() | when)),
         )
 
     def _conditions(
@@ -233,9 +233,7 @@ class _Run:
         def visit(layer: int, residual: Float[Tensor, "row pos d_model"]) -> None:
             self._check(layer, residual, prompts, batch)
             sae = self.model.saes[layer]
-            for group, (row, position) in (
-                (g, p.T) for g, p in places.items()
-            ):
+            for group, (row, position) in ((g, p.T) for g, p in places.items()):
                 x = residual[torch.from_numpy(row), torch.from_numpy(position)]
                 codes, x_hat = sae.code(x)
                 found = peaks(codes, row)
@@ -363,9 +361,7 @@ def _settings(
     return replace(settings or ProbeSettings(), **changes)
 
 
-def _places(
-    prompts: Sequence[Prompt], group: str, include_special: bool
-) -> np.ndarray:
+def _places(prompts: Sequence[Prompt], group: str, include_special: bool) -> np.ndarray:
     """Row and position of each token of a group, one pair a line."""
     found = [
         (row, position)
@@ -384,5 +380,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-

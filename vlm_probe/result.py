@@ -77,7 +77,9 @@ class ProbeResult:
         wide = wide.reindex(columns=pd.MultiIndex.from_product([metrics, measured]))
         return wide.reindex([g for g in GROUPS if g in wide.index], level="group")
 
-    def plot(self, metrics: Sequence[str] = ("fvu", "cosine", "l0"), **how) -> Figure:
+    def plot(
+        self, metrics: Sequence[str] = ("fvu", "cosine", "l0"), **how: object
+    ) -> Figure:
         """Curves over layers; see `vlm_probe.plots.layer_curves`."""
         from vlm_probe.plots import layer_curves
 

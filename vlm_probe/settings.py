@@ -24,7 +24,8 @@ class ProbeSettings:
     """How tokens are pooled: "pooled" counts every token alike; "paper" takes the mean
     over images of each image's own mean, as arXiv 2506.11976 does."""
     include_special: bool = False
-    """Whether chat markers and the like count among the text tokens."""
+    """Whether chat markers and the like count among the text tokens; the
+    beginning-of-text token never does."""
     top_k: int = 8
     """Strongest features kept for each layer, group and image, in features."""
     batch_size: int = 8
@@ -45,6 +46,8 @@ class ProbeSettings:
                 raise TypeError(f"{name} takes a list of names, given {value!r}")
             if value is not None:
                 object.__setattr__(self, name, tuple(value))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(int(n) for n in self.layers))
         check_names("group", self.groups, GROUPS)
         check_names("control", self.controls, CONTROLS)
         check_names("convention", [self.convention], CONVENTIONS)

@@ -1,4 +1,4 @@
-"""The words for axes and token groups, and which position of a prompt belongs to which group.
+"""The words for axes and token groups, and which position belongs to which group.
 
 Axes, each with one word, in every signature of the package:
 
@@ -11,7 +11,7 @@ Axes, each with one word, in every signature of the package:
 - `replicate`: the estimate (index 0), then the bootstrap's redrawings;
 - `d_vision`, `d_model`: widths of patch tokens and of the residual stream;
 - `vocab`: words of the language model.
-"""  # noqa: D205, E501 -- the sentence of the house's map, whole on its line
+"""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GROUPS = ("image", "text_after_image", "text_only")
 without picture, the prompt with words in the picture's place."""
 
 CONTROLS = ("random_adapter", "noise", "shuffled_images")
-"""Control arms: what a curve looks like when the vectors know nothing of the picture."""
+"""Control arms: the curve of vectors that know nothing of the picture."""
 
 CONDITIONS = ("model", *CONTROLS)
 
@@ -55,7 +55,8 @@ class Prompt:
 
         Args:
             group: One of `GROUPS`.
-            include_special: Whether special tokens count among the text.
+            include_special: Whether chat markers and the like count among the text;
+                the beginning-of-text token never does.
 
         Returns:
             Positions in order; none if the prompt has no such group.
@@ -65,9 +66,10 @@ class Prompt:
             return list(self.image)
         if (group == "text_after_image") != bool(self.image):
             return []
+        first = self.image.stop or int(self.ids[0] in self.special)
         return [
             position
-            for position in range(self.image.stop, len(self.ids))
+            for position in range(first, len(self.ids))
             if include_special or self.ids[position] not in self.special
         ]
 
@@ -81,6 +83,5 @@ def check_names(what: str, given: Sequence[str], valid: Sequence[str]) -> None:
     unknown = [name for name in given if name not in valid]
     if unknown:
         raise ValueError(
-            f"unknown {what} {', '.join(map(repr, unknown))}; "
-            f"valid: {', '.join(valid)}"
+            f"unknown {what} {', '.join(map(repr, unknown))}; valid: {', '.join(valid)}"
         )

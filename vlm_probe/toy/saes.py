@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlm_probe.language import LanguageModel
-from vlm_probe.toy.texts import document
 from vlm_probe.tokens import Prompt
+from vlm_probe.toy.texts import document
 
 FEATURES = 1024
 ACTIVE = 20
@@ -117,8 +117,7 @@ def _train(
         n_batches_for_norm_estimate=20,
     )
     draws = (
-        tokens[torch.randint(len(tokens), (BATCH,))].float()
-        for _ in itertools.count()
+        tokens[torch.randint(len(tokens), (BATCH,))].float() for _ in itertools.count()
     )
     SAETrainer(settings, sae, draws).fit().save_inference_model(path)
     weights = path / "sae_weights.safetensors"

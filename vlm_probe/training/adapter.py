@@ -146,7 +146,9 @@ def _stage(
         [warm],
     )
     stream = iter(stream)
-    bar = tqdm(range(settings.steps), desc=f"adapter, stage {number + 1}", mininterval=5)
+    bar = tqdm(
+        range(settings.steps), desc=f"adapter, stage {number + 1}", mininterval=5
+    )
     for step in bar:
         batch = list(itertools.islice(stream, settings.batch_size))
         if len(batch) < settings.batch_size:

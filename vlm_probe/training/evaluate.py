@@ -41,7 +41,9 @@ def evaluate_adapter(
     """
     with torch.no_grad():
         chunks = [
-            adapter(vision.encode([e.picture() for e in examples[at : at + batch_size]]))
+            adapter(
+                vision.encode([e.picture() for e in examples[at : at + batch_size]])
+            )
             for at in range(0, len(examples), batch_size)
         ]
     vectors = torch.cat(chunks)
