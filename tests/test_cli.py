@@ -44,7 +44,7 @@ def test_probe_takes_files(monkeypatch, tmp_path, capsys):
 def test_mistakes_end_with_a_sentence(monkeypatch, tmp_path):
     with pytest.raises(SystemExit, match="unknown group 'text'; valid: image"):
         run(monkeypatch, "demo", "--groups", "text", "--out", tmp_path)
-    with pytest.raises(SystemExit, match="no model in .*nowhere"):
+    with pytest.raises(SystemExit, match=r"no model in .*nowhere"):
         run(monkeypatch, "probe", "x.png", "--model", tmp_path / "nowhere")
     with pytest.raises(SystemExit, match="unknown stage 'lunch'; valid: language"):
         run(monkeypatch, "toy", "--stages", "lunch", "--out", tmp_path)

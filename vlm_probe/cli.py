@@ -133,13 +133,13 @@ def _toy_adapter(stage: str, folder: Path, *, seed: int) -> dict:
 
     vision = VisionModel.load(folder / "vision")
     language = LanguageModel.load(folder / "language")
-    recipe = AdapterTraining(steps=400, seed=seed)
+    recipe = AdapterTraining(steps=250, seed=seed)
     adapter = train_adapter(
         vision,
         language,
         [
             (training_examples("captions", seed=seed), recipe),
-            (training_examples("answers", seed=seed), replace(recipe, steps=1200)),
+            (training_examples("answers", seed=seed), replace(recipe, steps=800)),
         ],
         manifest={"seed": seed},
     )

@@ -98,9 +98,9 @@ def write_report(result: ProbeResult, path: str | PathLike[str]) -> Path:
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
+        f"<title>{title}</title>\n<style>{_beside('css')}</style>\n</head>\n<body>\n"
         f"<header><h1>{title}</h1>\n<nav>{links}</nav></header>\n"
-        f"<main>\n{body}</main>\n<script>{_SCRIPT}</script>\n</body>\n</html>\n"
+        f"<main>\n{body}</main>\n<script>{_beside('js')}</script>\n</body>\n</html>\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
@@ -338,102 +338,10 @@ def _brief(names: Sequence[object]) -> str:
     return f"{names[0]}, {names[1]}, …, {names[-1]}: {len(names)} in all"
 
 
+def _beside(kind: str) -> str:
+    """The page's style or script, which lies beside this file."""
+    return Path(__file__).with_suffix(f".{kind}").read_text(encoding="utf-8")
+
+
 def _json(meta: dict) -> str:
     return escape(json.dumps(meta, indent=2, ensure_ascii=False, default=str))
-
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #222; --soft: #666; --line: #ddd;
-  --page: #fff; --panel: #f6f7f8; --link: #0b62a4; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e4e4e4; --soft: #a0a0a0;
-  --line: #3c3f43; --page: #17191c; --panel: #202327; --link: #7cb7ea; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.5rem 4rem; max-width: 78rem; color: var(--ink);
-  background: var(--page);
-  font: 15px/1.5 Inter, system-ui, Helvetica, Arial, sans-serif; }
-h1 { font-size: 1.6rem; margin: 0 0 .4rem; }
-h2 { font-size: 1.15rem; margin: 2.6rem 0 .6rem; padding-bottom: .3rem;
-  border-bottom: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 1.4rem 0 .4rem; }
-p, dl { max-width: 52rem; }
-a { color: var(--link); text-decoration: none; margin-right: 1.2rem; }
-a:hover { text-decoration: underline; }
-dl { margin: 0; }
-dl > div { display: grid; grid-template-columns: 12rem 1fr; gap: 1rem;
-  padding: .1rem 0; }
-dt { color: var(--soft); }
-dd { margin: 0; overflow-wrap: anywhere; }
-figure { margin: 1rem 0; padding: .8rem; background: #fff; border-radius: 6px;
-  border: 1px solid var(--line); }
-figure > div { min-width: 66rem; }
-.scroll { overflow-x: auto; }
-.tall { max-height: 32rem; overflow-y: auto; border: 1px solid var(--line);
-  border-radius: 6px; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-.data { width: 100%; font-size: .85rem; }
-th, td { padding: .3rem .7rem; text-align: left; vertical-align: top;
-  border-bottom: 1px solid var(--line); }
-th, td[data-value=model] { font-weight: 600; }
-.number { text-align: right; }
-.data th, .data td { padding: .25rem .5rem; }
-.data th { position: sticky; top: 0; background: var(--panel); }
-.data tbody tr:hover { background: var(--panel); }
-.data button { all: unset; cursor: pointer; white-space: nowrap; }
-.data button:focus-visible { outline: 2px solid var(--link); }
-.data th[aria-sort=ascending] button::after { content: " ▲"; }
-.data th[aria-sort=descending] button::after { content: " ▼"; }
-small { display: block; color: var(--soft); white-space: nowrap; }
-.filters { display: flex; flex-wrap: wrap; gap: 1.2rem; margin: .6rem 0; }
-.filters, select { font-size: .85rem; color: var(--soft); }
-pre { overflow-x: auto; padding: 1rem; background: var(--panel); border-radius: 6px; }
-summary { cursor: pointer; }
-@media print { .tall { max-height: none; } nav, .filters { display: none; } }
-"""
-
-_SCRIPT = """
-"use strict";
-for (const table of document.querySelectorAll("table.data")) {
-  const body = table.tBodies[0], rows = [...body.rows];
-  const heads = [...table.tHead.rows[0].cells];
-  const value = (row, i) => row.cells[i].dataset.value;
-  heads.forEach((head, i) => head.firstChild.addEventListener("click", () => {
-    const way = head.getAttribute("aria-sort") === "ascending" ? -1 : 1;
-    heads.forEach(other => other.removeAttribute("aria-sort"));
-    head.setAttribute("aria-sort", way > 0 ? "ascending" : "descending");
-    const numeric = rows.every(row => !isNaN(value(row, i)));
-    rows.sort((a, b) => {
-      const x = value(a, i), y = value(b, i);
-      if (x === "" || y === "") return (x === "") - (y === "");
-      return way * (numeric ? x - y : x.localeCompare(y));
-    });
-    body.append(...rows);
-  }));
-  const filters = heads.flatMap((head, i) => {
-    if (!("filter" in head.dataset)) return [];
-    const select = document.createElement("select");
-    const names = [...new Set(rows.map(row => value(row, i)))];
-    for (const name of ["all", ...names]) select.add(new Option(name));
-    select.addEventListener("change", show);
-    return [[i, select, head.innerText]];
-  });
-  const bar = document.createElement("div"), count = document.createElement("output");
-  function show() {
-    for (const row of rows)
-      row.hidden = filters.some(([i, select]) =>
-        select.selectedIndex > 0 && select.value !== value(row, i));
-    const shown = rows.filter(row => !row.hidden).length;
-    count.textContent = `${shown} of ${rows.length} rows`;
-  }
-  if (filters.length) {
-    bar.className = "filters";
-    for (const [, select, name] of filters) {
-      const label = document.createElement("label");
-      label.append(name + " ", select);
-      bar.append(label);
-    }
-    bar.append(count);
-    table.parentElement.before(bar);
-    show();
-  }
-}
-"""

@@ -43,7 +43,7 @@ def toy_examples(
     for i in range(n):
         rng = np.random.default_rng([HELD_OUT, seed, i])
         kind = kinds[i % len(kinds)]
-        scene = draw_scene(rng, int(rng.integers(2, 4)) if kind == "relation" else None)
+        scene = draw_scene(rng, 2 if kind == "relation" else _count(rng))
         found.append(_example(f"toy-{seed}-{i}", scene, [ask(scene, kind, rng)], rng))
     return found
 
@@ -57,13 +57,18 @@ def training_examples(stage: str, *, seed: int = 0) -> Iterator[ToyExample]:
     """
     for i in itertools.count():
         rng = np.random.default_rng([seed, i, stage == "answers"])
-        scene = draw_scene(rng)
+        scene = draw_scene(rng, _count(rng))
         turns = (
             [ask_any(scene, rng) for _ in range(5)]
             if stage == "answers"
             else [Turn("caption", DESCRIBE, caption(scene, rng))]
         )
         yield _example(f"{stage}-{seed}-{i}", scene, turns, rng)
+
+
+def _count(rng: np.random.Generator) -> int:
+    """How many objects: half of the pictures have one, a fifth have three."""
+    return int(rng.choice([1, 2, 3], p=[0.5, 0.3, 0.2]))
 
 
 def _example(

@@ -34,11 +34,6 @@ KINDS = (
 )
 """The nine kinds of question."""
 
-_BINDING = ("color", "shape", "size", "position", "cell")
-_DRAWN = (*KINDS[:-1], *_BINDING, "relation", "relation")
-"""In training, twice as many questions on which words belong together: they take
-longest to learn."""
-
 DESCRIBE = "describe the picture"
 T = TypeVar("T")
 _COMMON = """
@@ -115,7 +110,7 @@ def ask(
 
 def ask_any(scene: Scene, rng: np.random.Generator) -> Turn:
     """A question of a random kind that fits the scene."""
-    kinds = _DRAWN if len(scene.things) > 1 else _DRAWN[:-2]
+    kinds = KINDS if len(scene.things) > 1 else KINDS[:-1]
     return ask(scene, str(rng.choice(kinds)), rng)
 
 
@@ -129,12 +124,12 @@ def document(rng: np.random.Generator) -> list[tuple[str, str | None]]:
         `KINDS`, or `"caption"`), None for what is not an answer.
     """
     scene = draw_scene(rng)
-    forms = [caption, caption, _listing, _tags, _grid, _story]
-    times = int(rng.choice([1, 2, 3], p=[0.65, 0.3, 0.05]))
+    forms = [_listing, _tags, _grid, _story, caption]
+    times = int(rng.choice([1, 2, 3], p=[0.55, 0.35, 0.1]))
     pieces: list[tuple[str, str | None]] = [
         (_pick(rng, *forms)(scene, rng), None) for _ in range(times)
     ]
-    turns = [ask_any(scene, rng) for _ in range(int(rng.integers(4, 8)))]
+    turns = [ask_any(scene, rng) for _ in range(int(rng.integers(3, 7)))]
     if rng.random() < 0.15:
         said = Turn("caption", DESCRIBE, caption(scene, rng))
         turns[int(rng.integers(len(turns)))] = said
@@ -187,12 +182,13 @@ def _phrase(t: Thing, rng: np.random.Generator) -> str:
     )
 
 
-def _said(t: Thing) -> str:
-    return f"{t.size} {t.color} {t.shape}"
-
-
 def _listing(scene: Scene, rng: np.random.Generator) -> str:
-    items = [f"{_said(t)} , {t.row} {t.column} ." for t in _shuffled(scene.things, rng)]
+    items = [
+        f"{t.shape} : {t.color} , {t.size} , {t.row} {t.column} ."
+        if rng.random() < 0.5
+        else f"{t.color} : {t.size} {t.shape} , {t.row} {t.column} ."
+        for t in _shuffled(scene.things, rng)
+    ]
     items.insert(
         int(rng.integers(len(items) + 1)), f"background : {scene.background} ."
     )
@@ -200,15 +196,17 @@ def _listing(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _tags(scene: Scene, rng: np.random.Generator) -> str:
-    tags = [scene.background] * int(rng.integers(1, 6))
+    tags = [[scene.background] for _ in range(int(rng.integers(1, 6)))]
     for t in scene.things:
-        tags += [f"{_said(t)} {t.row} {t.column}"] * int(rng.integers(1, 4))
+        for _ in range(int(rng.integers(1, 4))):
+            words = [t.size, t.color, t.shape, f"{t.row} {t.column}"]
+            tags.append([words[i] for i in rng.permutation(4)])
     order = rng.permutation(len(tags))
-    return "tags : " + " , ".join(tags[i] for i in order) + " ."
+    return "tags : " + " , ".join(" ".join(tags[i]) for i in order) + " ."
 
 
 def _grid(scene: Scene, rng: np.random.Generator) -> str:
-    there = {(t.row, t.column): _said(t) for t in scene.things}
+    there = {(t.row, t.column): f"{t.size} {t.color} {t.shape}" for t in scene.things}
     empty = _pick(rng, "nothing", scene.background)
     rows = [
         f"{row} : " + " , ".join(there.get((row, column), empty) for column in COLUMNS)
@@ -218,10 +216,18 @@ def _grid(scene: Scene, rng: np.random.Generator) -> str:
 
 
 def _story(scene: Scene, rng: np.random.Generator) -> str:
-    parts = [f"{_pick(rng, *_NAMES)} walks over {scene.background} ."]
+    who = _pick(rng, *_NAMES)
+    parts = [f"{who} walks over {scene.background} ."]
     for t in _shuffled(scene.things, rng):
-        start = _pick(rng, "here is", "look ,", "there is")
-        parts.append(f"{start} a {_said(t)} . it is at the {t.row} {t.column} .")
+        parts.append(
+            _pick(
+                rng,
+                f"here is a {t.shape} . it is {t.color} and {t.size} , "
+                f"at the {t.row} {t.column} .",
+                f"look , a {t.size} {t.color} thing in the {t.row} {t.column} . "
+                f"it is a {t.shape} .",
+            )
+        )
     return " ".join(parts)
 
 
