@@ -181,7 +181,8 @@ class LanguageModel:
         ) as tracer:
             self._traced.hook_embed.output[rows, positions] = put
             logits = tracer.result.save()
-        return logits  # noqa: RET504 -- bound in the trace, which runs elsewhere
+        # Bound inside the trace, whose body runs elsewhere.
+        return logits  # noqa: RET504 # pyright: ignore[reportPossiblyUnbound]
 
     @torch.no_grad()
     def generate(

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,7 @@ from vlm_probe.tokens import Prompt, check_names
 
 def probe_layers(
     model: VisionLanguageModel,
-    images: Iterable[Image.Image | str | Example],
+    images: Iterable[Image.Image | str | Path | Example],
     settings: ProbeSettings | None = None,
     *,
     progress: bool = True,
@@ -178,22 +179,24 @@ class _Run:
             meta=json.loads(json.dumps(self._meta() | when)),
         )
 
+    @torch.no_grad()
     def _conditions(
         self, patches: Float[Tensor, "image patch d_vision"], units: list[int]
-    ) -> Iterator[tuple[str, Float[Tensor, "image patch d_model"]]]:
+    ) -> list[tuple[str, Float[Tensor, "image patch d_model"]]]:
         """The picture's vectors under each condition."""
-        with torch.no_grad():
-            vectors = self.model.adapter(patches)
-            yield "model", vectors
-            for control in self.settings.controls:
-                if control == "random_adapter":
-                    yield control, self._untrained(patches)
-                elif control == "noise":
-                    seed = self.settings.seed
-                    yield control, controls.noise(vectors, units, seed)
-                else:
-                    yield control, controls.previous_image(vectors, self._last)
-            self._last = vectors[-1]
+        vectors = self.model.adapter(patches)
+        found = [("model", vectors)]
+        for control in self.settings.controls:
+            if control == "random_adapter":
+                # Calibrated by the time there are batches.
+                arm = self._untrained(patches)  # pyright: ignore[reportOptionalCall]
+            elif control == "noise":
+                arm = controls.noise(vectors, units, self.settings.seed)
+            else:
+                arm = controls.previous_image(vectors, self._last)
+            found.append((control, arm))
+        self._last = vectors[-1]
+        return found
 
     def _calibrate(self, first: Sequence[_Item]) -> None:
         size = self.settings.batch_size

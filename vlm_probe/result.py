@@ -78,12 +78,19 @@ class ProbeResult:
         return wide.reindex([g for g in GROUPS if g in wide.index], level="group")
 
     def plot(
-        self, metrics: Sequence[str] = ("fvu", "cosine", "l0"), **how: object
+        self,
+        metrics: Sequence[str] = ("fvu", "cosine", "l0"),
+        *,
+        groups: Sequence[str] | None = None,
+        conditions: Sequence[str] | None = None,
+        log: Sequence[str] | None = None,
     ) -> Figure:
         """Curves over layers; see `vlm_probe.plots.layer_curves`."""
         from vlm_probe.plots import layer_curves
 
-        return layer_curves(self, metrics, **how)
+        return layer_curves(
+            self, metrics, groups=groups, conditions=conditions, log=log
+        )
 
     def report(self, path: str | Path) -> Path:
         """One offline HTML page with curves and tables; gives back its path."""

@@ -64,7 +64,8 @@ def fit(
         loss.backward()
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         for parameter, i, view in views:
-            view.grad = parameter.grad[i]
+            if parameter.grad is not None:
+                view.grad = parameter.grad[i]
         muon.step()
         adamw.step()
         for schedule in schedules:
