@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint check notebooks toy browser clean
+.PHONY: help install demo test lint check notebooks toy figures browser clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -46,6 +46,9 @@ toy: export MALLOC_TRIM_THRESHOLD_ = 20000000000
 toy: export MALLOC_TOP_PAD_ = 268435456
 toy: install  ## train the toy again into data/toy, about an hour
 	$(BIN)/vlm-probe toy
+
+figures: install  ## draw the README's figure again; needs a Chrome or Chromium
+	$(BIN)/vlm-probe demo --figure docs/toy_curves.png
 
 browser:  ## the Chromium that the tests look through, on Debian
 	.ci/browser

@@ -1,7 +1,10 @@
 """The README's code runs as it stands, top to bottom."""
 
+import json
 import re
 from pathlib import Path
+
+from vlm_probe.examples import data_folder
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -27,3 +30,16 @@ def test_the_code_runs(tmp_path, monkeypatch):
 def test_its_pictures_are_there():
     for path in re.findall(r"\]\((?!http)([^)]+)\)", README.read_text()):
         assert (README.parent / path).is_file(), path
+
+
+def test_its_table_of_answers_is_what_was_measured():
+    text = README.read_text()
+    head = re.search(r"\| \| (all .*) \|\n", text)[1].split(" | ")
+    stated = json.loads((data_folder() / "toy" / "figures.json").read_text())
+    for name, column in (
+        ("true picture", "true_right"),
+        ("another picture", "shuffled_right"),
+    ):
+        cells = re.search(rf"\| {name} \| (.*) \|\n", text)[1].split(" | ")
+        found = [f"{stated['adapter'][kind][column]:.2f}" for kind in head]
+        assert cells == found
