@@ -121,7 +121,7 @@ def test_what_is_written_is_read_again(tmp_path):
         assert same(new.picture(), old.picture())
         assert replace(new, image=None) == replace(old, image=None)
     rows = json.loads(file.read_text())
-    assert rows[0]["image"] == "images/one.png"
+    assert rows[0]["image"] == "images/000000.png"
     assert rows[0]["conversations"] == [
         {"from": "human", "value": "<image>\nwhat ?"},
         {"from": "gpt", "value": "a bar"},

@@ -144,7 +144,7 @@ def _toy_adapter(stage: str, folder: Path, *, seed: int) -> dict:
         manifest={"seed": seed},
     )
     adapter.save(folder / f"{stage}.safetensors")
-    answers = evaluate_adapter(vision, adapter, language, toy_examples(504))
+    answers = evaluate_adapter(vision, adapter, language, toy_examples(2016))
     right = ["true_right", "shuffled_right"]
     by_kind = answers.groupby("kind")[right].mean()
     by_kind.loc["all"] = answers[right].mean()
