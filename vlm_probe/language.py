@@ -182,7 +182,7 @@ class LanguageModel:
             self._traced.hook_embed.output[rows, positions] = put
             logits = tracer.result.save()
         # Bound inside the trace, whose body runs elsewhere.
-        return logits  # noqa: RET504 # pyright: ignore[reportPossiblyUnbound]
+        return logits  # noqa: RET504 # pyright: ignore[reportPossiblyUnboundVariable]
 
     @torch.no_grad()
     def generate(
