@@ -44,7 +44,7 @@ notebooks: install  ## execute every notebook
 toy: export MALLOC_MMAP_MAX_ = 0
 toy: export MALLOC_TRIM_THRESHOLD_ = 20000000000
 toy: export MALLOC_TOP_PAD_ = 268435456
-toy: install  ## train the toy again into data/toy, about an hour
+toy: install  ## train the toy again into data/toy, an hour or two
 	$(BIN)/vlm-probe toy
 
 figures: install  ## draw the README's figure again; needs a Chrome or Chromium
