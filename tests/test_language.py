@@ -28,7 +28,7 @@ def language():
 @pytest.fixture(scope="module")
 def prompts(language):
     """Ragged, with a picture each."""
-    return [language.image_prompt(question, PATCHES) for question in QUESTIONS]
+    return [language.chat.image_prompt(question, PATCHES) for question in QUESTIONS]
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone(language, prompts, vectors):
 
 
 def test_prompts_in_words_equal_plain_transformer_lens(language):
-    told = [language.text_prompt(q, "a red bar") for q in QUESTIONS]
+    told = [language.chat.text_prompt(q, "a red bar") for q in QUESTIONS]
     seen = read(language, told, None)
     for row, prompt in enumerate(told):
         _, residuals = plain(language, prompt, None)
@@ -101,11 +101,13 @@ def test_prompts_in_words_equal_plain_transformer_lens(language):
 
 
 def test_what_stands_in_the_pictures_place_is_never_looked_at(language, vectors):
-    prompt = language.image_prompt("what color ?", PATCHES)
+    prompt = language.chat.image_prompt("what color ?", PATCHES)
     ids = list(prompt.ids)
     ids[1:4] = [language.tokenizer.pad_token_id, 70, language.tokenizer.eos_token_id]
     other = replace(prompt, ids=tuple(ids))
-    longer = language.image_prompt("what color is the bar ?", PATCHES)  # pads the other
+    longer = language.chat.image_prompt(
+        "what color is the bar ?", PATCHES
+    )  # pads the other
     one = read(language, [prompt, longer], vectors[:2])
     two = read(language, [other, longer], vectors[:2])
     for layer in range(LAYERS):
@@ -115,7 +117,7 @@ def test_what_stands_in_the_pictures_place_is_never_looked_at(language, vectors)
 def test_nor_by_a_model_with_a_tokenizer_that_pads_on_the_left(language, vectors):
     # TransformerLens then takes leading padding for no token at all.
     ids, pad = (70, 70, 70, 3, 80, 10, 4), language.tokenizer.pad_token_id
-    prompt = Prompt(ids, range(PATCHES), language.special)
+    prompt = Prompt(ids, range(PATCHES), language.chat.special)
     _, expected = plain(language, prompt, vectors[0])
     other = precise()
     other.hooked.tokenizer = other.tokenizer
@@ -198,7 +200,7 @@ def test_generate_equals_a_plain_greedy_loop_and_stops_at_the_end_of_turn(
 
 
 def test_generate_answers_prompts_in_words_too(language):
-    told = [language.text_prompt(question, "a bar") for question in QUESTIONS[:2]]
+    told = [language.chat.text_prompt(question, "a bar") for question in QUESTIONS[:2]]
     answers = language.generate(told, None, max_new_tokens=3)
     expected = [greedy(language, prompt, None, 3) for prompt in told]
     assert answers == language.tokenizer.batch_decode(
@@ -223,9 +225,9 @@ def test_an_unknown_layer_is_refused(language, prompts, vectors, layers):
 
 
 def test_a_prompt_longer_than_the_context_is_refused(language):
-    fits = language.text_prompt("a", " ".join(["bar"] * 92))
+    fits = language.chat.text_prompt("a", " ".join(["bar"] * 92))
     assert read(language, [fits], None)[0].shape == (1, 96, D_MODEL)
-    longer = language.text_prompt("a", " ".join(["bar"] * 93))
+    longer = language.chat.text_prompt("a", " ".join(["bar"] * 93))
     words = "a prompt of 97 tokens is longer than the language model's context of 96; s"
     with pytest.raises(ValueError, match=words):
         read(language, [fits, longer], None)
@@ -237,4 +239,4 @@ def test_another_number_of_vectors_is_refused(language, prompts, vectors):
     with pytest.raises(ValueError, match="have 9 image positions, vectors are 0"):
         read(language, prompts, None)
     with pytest.raises(ValueError, match="have 0 image positions, vectors are 9"):
-        read(language, [language.text_prompt("a", "b")] * 3, vectors)
+        read(language, [language.chat.text_prompt("a", "b")] * 3, vectors)

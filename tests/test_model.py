@@ -181,7 +181,7 @@ def saved(folder):
 def test_a_whole_folder_is_loaded(tmp_path):
     model = load(saved(tmp_path))
     assert (model.name, model.vision.block) == ("kept", -2)
-    assert model.language.default_prompt == "look at the picture"
+    assert model.language.chat.default_prompt == "look at the picture"
     assert list(model.saes) == [0, 1, 2]
     assert len(model.reference_texts) > 10
     (tmp_path / "reference_texts.txt").write_text("a bar .\na ring .\n")

@@ -2,77 +2,122 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from nnsight import NNsight
-from safetensors.torch import load_file
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vlm_probe.tokens import Prompt
+from vlm_probe.chat import Chat
+from vlm_probe.hooked import (
+    Hooked,
+    is_hooked_folder,
+    load_checkpoint,
+    load_hooked,
+    save_hooked,
+)
+from vlm_probe.tokens import HOOK_POINTS, Prompt, check_names
 
 Visitor = Callable[[int, Float[Tensor, "row pos d_model"]], None]
 """Gets a layer's number and its residual stream, which it must not keep or change."""
 
 
 class LanguageModel:
-    """A frozen HookedTransformer that takes image vectors among its tokens."""
+    """A frozen language model that takes image vectors among its tokens."""
 
     def __init__(
         self,
-        hooked: HookedTransformer,
+        hooked: Hooked,
         tokenizer: PreTrainedTokenizerBase,
         *,
         name: str = "language",
         default_prompt: str = "Describe the picture.",
+        padding_side: str = "right",
     ) -> None:
         """Wraps a model.
 
         Args:
-            hooked: The model, with the weight processing that its SAEs expect.
-            tokenizer: Its tokenizer, with a chat template.
+            hooked: A HookedTransformer or TransformerBridge, with the weight processing
+                that its SAEs expect.
+            tokenizer: Its tokenizer.
             name: Where it came from, for tables.
             default_prompt: What is asked of a picture that comes without a prompt.
+            padding_side: Where shorter prompts of a batch are filled up, "right" or
+                "left"; every pass carries its mask, so this changes no result.
         """
+        check_names("padding side", [padding_side], ("right", "left"))
         self.hooked = hooked.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.name = name
-        self.default_prompt = default_prompt
-        self.special = _special_ids(tokenizer)
+        self.padding_side = padding_side
+        self.chat = Chat(tokenizer, default_prompt)
         self._traced = NNsight(self.hooked)
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, default_prompt: str = "Describe the picture."
+        cls,
+        source: str | Path | PreTrainedModel,
+        *,
+        backend: str = "auto",
+        processing: Mapping[str, bool] | None = None,
+        device: str | torch.device = "cpu",
+        dtype: str | torch.dtype = "float32",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        default_prompt: str = "Describe the picture.",
     ) -> LanguageModel:
-        """Loads a folder with a HookedTransformer and its tokenizer.
+        """Loads a model and its tokenizer.
 
-        The files are `hooked_transformer.json`, `model.safetensors`, and what
-        Hugging Face tokenizers save. The config is `HookedTransformerConfig.to_dict()`,
-        the weights the state dict without the causal masks; they are computed with in
-        float32.
+        Args:
+            source: A hub name, a folder written by Hugging Face's `save_pretrained` or
+                by `save`, or a Hugging Face model in memory.
+            backend: "hooked" (HookedTransformer), "bridge" (TransformerBridge), or
+                "auto": the first where TransformerLens can convert the architecture.
+            processing: TransformerLens' weight processing to be done, for instance
+                `{"center_writing_weights": True}`, as the SAEs' metadata names it
+                (`LayerSae.processing`). None by default.
+            device: Where the model goes.
+            dtype: Of its weights: "float32" or "bfloat16".
+            tokenizer: The source's own if None.
+            default_prompt: What is asked of a picture that comes without a prompt.
+
+        Raises:
+            FileNotFoundError: Nothing there, or the hub cannot be reached.
+            ValueError: Files that are damaged or do not fit, an architecture or
+                processing that cannot be had.
         """
-        folder = Path(folder)
-        config = json.loads((folder / "hooked_transformer.json").read_text())
-        config["dtype"] = getattr(torch, config["dtype"].removeprefix("torch."))
-        config["device"] = "cpu"  # else TransformerLens takes a GPU if it sees one
-        hooked = HookedTransformer(HookedTransformerConfig.from_dict(config))
-        weights = load_file(folder / "model.safetensors")
-        missing, unexpected = hooked.load_state_dict(weights, strict=False)
-        missing = [m for m in missing if m.rsplit(".", 1)[-1] not in _MADE_ANEW]
-        if missing or unexpected:
-            raise ValueError(
-                f"{folder / 'model.safetensors'} does not fit "
-                f"hooked_transformer.json beside it: missing {missing or 'nothing'}, "
-                f"unexpected {unexpected or 'nothing'}"
+        dtype = torch_dtype(dtype)
+        if not isinstance(source, PreTrainedModel) and is_hooked_folder(source):
+            hooked, own = load_hooked(source, device=device, dtype=dtype)
+        else:
+            hooked, own = load_checkpoint(
+                source,
+                backend=backend,
+                processing=processing,
+                device=device,
+                dtype=dtype,
+                tokenizer=tokenizer,
             )
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        return cls(hooked, tokenizer, name=folder.name, default_prompt=default_prompt)
+        named = (
+            source.config.name_or_path or type(source).__name__
+            if isinstance(source, PreTrainedModel)
+            else str(source)
+        )
+        return cls(
+            hooked,
+            tokenizer or own,
+            name=Path(named).name,
+            default_prompt=default_prompt,
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Writes model and tokenizer to a folder that `load` reads."""
+        save_hooked(self.hooked, self.tokenizer, folder)
 
     @property
     def n_layers(self) -> int:
@@ -84,50 +129,33 @@ class LanguageModel:
         """Width of the residual stream."""
         return self.hooked.cfg.d_model
 
-    def image_prompt(self, text: str | None, n_patches: int) -> Prompt:
-        """The prompt of a picture: beginning of text, image vectors, the user's turn.
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.hooked.parameters()).device
 
-        Args:
-            text: What the user asks; the default prompt if None.
-            n_patches: How many positions the picture takes.
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return next(self.hooked.parameters()).dtype
+
+    @cached_property
+    def processing(self) -> dict[str, bool]:
+        """Which weight processing shows in the model, by TransformerLens' names.
+
+        Only what changes the residual stream of LayerNorm models is looked for, and
+        folded norms; nothing of it shows in the residual stream of RMS models.
         """
-        return self._with_picture(self._chat([(text, None)]), n_patches)
-
-    def text_prompt(self, text: str | None, instead: str) -> Prompt:
-        """The same prompt with words in the picture's place."""
-        start, turn = self._split(self._chat([(text, None)]))
-        words = self.tokenizer(instead, add_special_tokens=False).input_ids
-        return Prompt(start + tuple(words) + turn, range(0), self.special)
-
-    def conversation(
-        self, turns: Sequence[tuple[str | None, str]], n_patches: int
-    ) -> tuple[Prompt, list[int]]:
-        """A picture and a whole conversation on it.
-
-        Args:
-            turns: Questions and answers.
-            n_patches: How many positions the picture takes.
-
-        Returns:
-            The prompt, and the positions of what the assistant says, end-of-turn
-            tokens included.
-
-        Raises:
-            ValueError: The chat template writes a conversation's beginning in another
-                way once it goes on, so that answers cannot be told apart.
-        """
-        whole = self._chat(turns)
-        said: list[int] = []
-        for n in range(len(turns)):
-            asked = self._chat([*turns[:n], (turns[n][0], None)])
-            answered = self._chat(turns[: n + 1])
-            if (asked, answered) != (whole[: len(asked)], whole[: len(answered)]):
-                raise ValueError(
-                    f"the chat template of {self.name!r} does not keep the beginning "
-                    "of a conversation as it goes on; train with single turns"
-                )
-            said += range(len(asked) + n_patches, len(answered) + n_patches)
-        return self._with_picture(whole, n_patches), said
+        if isinstance(self.hooked, TransformerBridge):
+            return {}
+        kind = self.hooked.cfg.normalization_type or ""
+        words = self.hooked.W_E.float()
+        off_center = words.mean(-1).abs().max() / words.abs().mean()
+        found = {
+            "fold_ln": kind.endswith("Pre"),
+            "center_writing_weights": kind.startswith("LN") and bool(off_center < 1e-3),
+        }
+        return {name: True for name, on in found.items() if on}
 
     def read(
         self,
@@ -135,6 +163,8 @@ class LanguageModel:
         vectors: Float[Tensor, "row patch d_model"] | None,
         layers: Sequence[int],
         visit: Visitor,
+        *,
+        hook_point: str = "resid_post",
     ) -> None:
         """Runs prompts as far as the last layer asked for; each layer is visited.
 
@@ -144,27 +174,36 @@ class LanguageModel:
         Args:
             prompts: Prompts of any lengths.
             vectors: What goes to the prompts' image positions; None without pictures.
-            layers: Numbers of layers, whose `hook_resid_post` is visited.
-            visit: Called once for each layer, in rising order.
+            layers: Numbers of layers, whose residual stream is visited.
+            visit: Called once for each layer, in rising order; position p of a row is
+                position p of its prompt, on whichever side it was padded.
+            hook_point: Where in a block: one of `HOOK_POINTS`.
         """
+        check_names("hook point", [hook_point], HOOK_POINTS)
         ordered = sorted(set(layers))
         if not ordered or not 0 <= ordered[0] <= ordered[-1] < self.n_layers:
             raise ValueError(
                 f"layers {list(layers)}: expected some of 0 to {self.n_layers - 1}"
             )
-        tokens, mask, (rows, positions, put) = self._inputs(prompts, vectors)
+        if hook_point == "resid_mid" and self.hooked.cfg.parallel_attn_mlp:
+            raise ValueError(
+                f"{self.name!r} has no resid_mid, for attention and MLP of its blocks "
+                "stand side by side; take SAEs of resid_pre or resid_post"
+            )
+        batch = self._batch(prompts, vectors)
         with (
             torch.no_grad(),
             self._traced.trace(
-                tokens,
+                batch.tokens,
                 return_type=None,
-                attention_mask=mask,
+                attention_mask=batch.mask,
                 stop_at_layer=ordered[-1] + 1,
             ),
         ):
-            self._traced.hook_embed.output[rows, positions] = put
+            self._traced.hook_embed.output[batch.rows, batch.positions] = batch.put
             for layer in ordered:
-                visit(layer, self._traced.blocks[layer].hook_resid_post.output)
+                point = getattr(self._traced.blocks[layer], f"hook_{hook_point}")
+                visit(layer, batch.aligned(point.output))
 
     def logits(
         self,
@@ -173,16 +212,28 @@ class LanguageModel:
     ) -> Float[Tensor, "row pos vocab"]:
         """Logits at every position; gradients reach `vectors` and nothing else.
 
-        Rows are padded on the right; positions past a prompt's end mean nothing.
+        Positions past a prompt's end mean nothing.
         """
-        tokens, mask, (rows, positions, put) = self._inputs(prompts, vectors)
+        batch = self._batch(prompts, vectors)
         with self._traced.trace(
-            tokens, return_type="logits", attention_mask=mask
+            batch.tokens, return_type="logits", attention_mask=batch.mask
         ) as tracer:
-            self._traced.hook_embed.output[rows, positions] = put
+            self._traced.hook_embed.output[batch.rows, batch.positions] = batch.put
             logits = tracer.result.save()
         # Bound inside the trace, whose body runs elsewhere.
-        return logits  # noqa: RET504 # pyright: ignore[reportPossiblyUnboundVariable]
+        return batch.aligned(logits)  # pyright: ignore[reportPossiblyUnboundVariable]
+
+    @torch.no_grad()
+    def embed(self, ids: Sequence[int]) -> Float[Tensor, "token d_model"]:
+        """Words as they enter the residual stream, Gemma's scale included.
+
+        Positions that are learned and added, as GPT-2's are, come after this, to words
+        and image vectors alike.
+        """
+        tokens = torch.tensor([list(ids)], device=self.device)
+        with self._traced.trace(tokens, return_type=None, stop_at_layer=1):
+            embedded = self._traced.hook_embed.output.save()
+        return embedded[0]  # pyright: ignore[reportPossiblyUnboundVariable]
 
     @torch.no_grad()
     def generate(
@@ -216,88 +267,77 @@ class LanguageModel:
             self.tokenizer.decode(words, skip_special_tokens=True) for words in said
         ]
 
-    def _chat(self, turns: Sequence[tuple[str | None, str | None]]) -> tuple[int, ...]:
-        """Ids of a conversation; an answer of None is still to be given."""
-        messages = []
-        for question, answer in turns:
-            asked = question or self.default_prompt
-            messages.append({"role": "user", "content": asked})
-            if answer is not None:
-                messages.append({"role": "assistant", "content": answer})
-        ids = self.tokenizer.apply_chat_template(
-            messages,
-            add_generation_prompt=turns[-1][1] is None,
-            tokenize=True,
-            return_dict=False,
-        )
-        return tuple(ids)
-
-    def _split(self, ids: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The beginning-of-text token, if there is one, and the rest."""
-        begins = int(bool(ids) and ids[0] == self.tokenizer.bos_token_id)
-        return ids[:begins], ids[begins:]
-
-    def _with_picture(self, ids: tuple[int, ...], n_patches: int) -> Prompt:
-        start, rest = self._split(ids)
-        filler = (_placeholder(self.tokenizer),) * n_patches
-        image = range(len(start), len(start) + n_patches)
-        return Prompt(start + filler + rest, image, self.special)
-
-    def _inputs(
+    def _batch(
         self,
         prompts: Sequence[Prompt],
         vectors: Float[Tensor, "row patch d_model"] | None,
-    ) -> tuple[
-        Int[Tensor, "row pos"],
-        Bool[Tensor, "row pos"],
-        tuple[Int[Tensor, " token"], Int[Tensor, " token"], Tensor],
-    ]:
-        """Right-padded tokens, their mask, and which vector goes where."""
+    ) -> _Batch:
         length = max(len(prompt.ids) for prompt in prompts)
-        device, weight = self.hooked.cfg.device, self.hooked.W_E
         if length > self.hooked.cfg.n_ctx:
             raise ValueError(
                 f"a prompt of {length} tokens is longer than the language model's "
                 f"context of {self.hooked.cfg.n_ctx}; shorten the prompt or caption"
             )
-        pad = self.tokenizer.pad_token_id or 0
-        tokens = torch.full((len(prompts), length), pad, device=device)
-        mask = torch.zeros(len(prompts), length, dtype=torch.bool, device=device)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt.ids)] = torch.tensor(prompt.ids, device=device)
-            mask[row, : len(prompt.ids)] = True
-        places = [(r, p) for r, prompt in enumerate(prompts) for p in prompt.image]
+        tokens = torch.full((len(prompts), length), self.chat.pad)
+        mask = torch.zeros_like(tokens)
+        left = self.padding_side == "left"
+        starts = [left * (length - len(prompt.ids)) for prompt in prompts]
+        for row, (start, prompt) in enumerate(zip(starts, prompts, strict=True)):
+            tokens[row, start : start + len(prompt.ids)] = torch.tensor(prompt.ids)
+            mask[row, start : start + len(prompt.ids)] = 1
+        places = [
+            (row, start + position)
+            for row, (start, prompt) in enumerate(zip(starts, prompts, strict=True))
+            for position in prompt.image
+        ]
         n_vectors = 0 if vectors is None else vectors.shape[0] * vectors.shape[1]
         if len(places) != n_vectors:
             raise ValueError(
                 f"prompts have {len(places)} image positions, vectors are {n_vectors}"
             )
+        put = torch.zeros(0, self.d_model)
+        if vectors is not None:
+            put = vectors.flatten(0, 1)
+            if "center_writing_weights" in self.processing:
+                # A LayerNorm model does not see the mean over d_model, and weights
+                # written without it make words that have none. Image vectors that
+                # kept theirs would differ from words by what the model never uses.
+                put = put - put.mean(-1, keepdim=True)
         rows, positions = torch.tensor(places, dtype=torch.long).reshape(-1, 2).T
-        put = (
-            weight.new_zeros(0, self.d_model)
-            if vectors is None
-            else vectors.flatten(0, 1).to(device, weight.dtype)
+        return _Batch(
+            tokens.to(self.device),
+            mask.to(self.device),
+            torch.tensor(starts, device=self.device),
+            rows.to(self.device),
+            positions.to(self.device),
+            put.to(self.device, self.dtype),
         )
-        return tokens, mask, (rows.to(device), positions.to(device), put)
 
 
-_MADE_ANEW = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
-"""Buffers that a HookedTransformer computes from its config."""
+@dataclass(frozen=True)
+class _Batch:
+    """Padded tokens, their mask, and which vector goes where."""
+
+    tokens: Int[Tensor, "row pos"]
+    mask: Int[Tensor, "row pos"]
+    start: Int[Tensor, " row"]
+    """Position of each prompt's first token."""
+    rows: Int[Tensor, " token"]
+    positions: Int[Tensor, " token"]
+    put: Float[Tensor, "token d_model"]
+
+    def aligned(self, x: Float[Tensor, "row pos d"]) -> Float[Tensor, "row pos d"]:
+        """Each row from its prompt's first token on."""
+        if not self.start.any():
+            return x
+        at = self.start[:, None] + torch.arange(x.shape[1], device=x.device)
+        at = at.clamp(max=x.shape[1] - 1)
+        return x[torch.arange(len(x), device=x.device)[:, None], at]
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that are no words; an unknown word is one, unless its id means more."""
-    ids = set(tokenizer.all_special_ids)
-    if tokenizer.unk_token_id not in (
-        tokenizer.bos_token_id,
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-    ):
-        ids.discard(tokenizer.unk_token_id)
-    return frozenset(ids)
-
-
-def _placeholder(tokenizer: PreTrainedTokenizerBase) -> int:
-    """An id to stand where vectors go; never the padding's, which could be masked."""
-    candidates = (tokenizer.unk_token_id, tokenizer.eos_token_id, 0, 1)
-    return next(i for i in candidates if i is not None and i != tokenizer.pad_token_id)
+def torch_dtype(given: str | torch.dtype) -> torch.dtype:
+    """A dtype by its name."""
+    found = getattr(torch, given, None) if isinstance(given, str) else given
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"unknown dtype {given!r}; valid: float32, bfloat16, float16")
+    return found

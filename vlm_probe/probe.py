@@ -133,7 +133,7 @@ class _Run:
         weights = bootstrap_weights(units, self.settings.replicates, self.settings.seed)
         if {"image", "text_after_image"} & set(asked):
             prompts = [
-                language.image_prompt(item.example.prompt, patches.shape[1])
+                language.chat.image_prompt(item.example.prompt, patches.shape[1])
                 for item in batch
             ]
             for condition, vectors in self._conditions(patches, units):
@@ -141,7 +141,7 @@ class _Run:
                 language.read(prompts, vectors, self.layers, visit)
         if "text_only" in asked:
             prompts = [
-                language.text_prompt(item.example.prompt, self._words(item))
+                language.chat.text_prompt(item.example.prompt, self._words(item))
                 for item in batch
             ]
             visit = self._visitor(batch, prompts, "model", weights)

@@ -27,6 +27,10 @@ CONTROLS = ("random_adapter", "noise", "shuffled_images")
 
 CONDITIONS = ("model", *CONTROLS)
 
+HOOK_POINTS = ("resid_pre", "resid_mid", "resid_post")
+"""Where a block's residual stream is read: before it, between attention and MLP, and
+after it."""
+
 METRICS = {
     "mse": "mean over tokens and dimensions of (x̂-x)²",
     "fvu": "Σ‖x-x̂‖² / Σ‖x-x̄‖²; 0 perfect, 1 the mean predictor",

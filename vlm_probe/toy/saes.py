@@ -92,7 +92,7 @@ def _prompt(language: LanguageModel, rng: np.random.Generator) -> Prompt:
     ids = language.tokenizer(text, add_special_tokens=False).input_ids
     # A few documents are longer than the context; their end is left out.
     ids = [language.tokenizer.bos_token_id, *ids][: language.hooked.cfg.n_ctx]
-    return Prompt(tuple(ids), range(0), language.special)
+    return Prompt(tuple(ids), range(0), language.chat.special)
 
 
 def _train(

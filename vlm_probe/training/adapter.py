@@ -185,7 +185,7 @@ def _loss(
                 f"example {example.id!r} has no answer; training needs one for each"
             )
         turns = [(example.prompt, example.answer), *example.turns]
-        prompt, said = language.conversation(turns, patches.shape[1])
+        prompt, said = language.chat.conversation(turns, patches.shape[1])
         prompts.append(prompt)
         rows += [row] * len(said)
         positions += said

@@ -51,7 +51,9 @@ def evaluate_adapter(
     rows = []
     for at in range(0, len(examples), batch_size):
         batch = examples[at : at + batch_size]
-        prompts = [language.image_prompt(e.prompt, vectors.shape[1]) for e in batch]
+        prompts = [
+            language.chat.image_prompt(e.prompt, vectors.shape[1]) for e in batch
+        ]
         said = [
             language.generate(prompts, v[at : at + batch_size], max_new_tokens=6)
             for v in (vectors, shuffled)

@@ -22,14 +22,14 @@ def words(language, prompt):
 
 
 def test_prompts_by_hand(language):
-    asked = language.image_prompt("what color ?", 3)
+    asked = language.chat.image_prompt("what color ?", 3)
     rest = "<user> what color ? <assistant>"
     assert words(language, asked) == f"<bos> <unk> <unk> <unk> {rest}"
     assert asked.image == range(1, 4)
     # An unknown word is a word all the same.
     special = {"<pad>", "<bos>", "<user>", "<assistant>", "<end>", "<image>"}
     assert set(language.tokenizer.convert_ids_to_tokens(asked.special)) == special
-    told = language.text_prompt("what color ?", "a red bar")
+    told = language.chat.text_prompt("what color ?", "a red bar")
     assert words(language, told) == f"<bos> a red bar {rest}"
     assert told.image == range(0)
 
@@ -39,13 +39,15 @@ def test_without_a_prompt_the_default_is_asked():
         tiny_language().hooked, make_tokenizer(), default_prompt="describe it"
     )
     rest = "<user> describe it <assistant>"
-    assert words(language, language.image_prompt(None, 1)) == f"<bos> <unk> {rest}"
-    assert words(language, language.text_prompt(None, "sand")) == f"<bos> sand {rest}"
+    assert words(language, language.chat.image_prompt(None, 1)) == f"<bos> <unk> {rest}"
+    assert (
+        words(language, language.chat.text_prompt(None, "sand")) == f"<bos> sand {rest}"
+    )
 
 
 def test_a_conversation_by_hand(language):
     turns = [("what color ?", "red"), ("where ?", "top left")]
-    prompt, said = language.conversation(turns, 2)
+    prompt, said = language.chat.conversation(turns, 2)
     assert words(language, prompt) == (
         "<bos> <unk> <unk> <user> what color ? <assistant> red <end> "
         "<user> where ? <assistant> top left <end>"
@@ -64,7 +66,7 @@ def with_template(change):
 
 def test_a_template_without_beginning_of_text_puts_the_picture_first():
     language = with_template(lambda template: template.replace("{{ bos_token }}", ""))
-    prompt = language.image_prompt("what ?", 2)
+    prompt = language.chat.image_prompt("what ?", 2)
     assert words(language, prompt) == "<unk> <unk> <user> what ? <assistant>"
     assert prompt.image == range(2)
 
@@ -72,9 +74,9 @@ def test_a_template_without_beginning_of_text_puts_the_picture_first():
 def test_a_template_that_rewrites_the_past_is_refused():
     # Some chat templates drop parts of earlier answers once the talk goes on.
     language = with_template(lambda t: t.replace("in messages", "in messages[-2:]"))
-    language.conversation([("what ?", "red")], 1)
-    with pytest.raises(ValueError, match="template of 'odd' does not keep the begin"):
-        language.conversation([("what ?", "red"), ("where ?", "left")], 1)
+    language.chat.conversation([("what ?", "red")], 1)
+    with pytest.raises(ValueError, match="chat template does not keep the begin"):
+        language.chat.conversation([("what ?", "red"), ("where ?", "left")], 1)
 
 
 @pytest.fixture
@@ -95,11 +97,16 @@ def saved(tmp_path):
 def test_what_is_saved_is_loaded(saved):
     language, folder = saved
     loaded = LanguageModel.load(folder, default_prompt="describe it")
-    assert (loaded.name, loaded.default_prompt) == ("tongue", "describe it")
+    assert (loaded.name, loaded.chat.default_prompt) == ("tongue", "describe it")
     assert (loaded.n_layers, loaded.d_model) == (LAYERS, D_MODEL)
-    assert loaded.special == language.special
-    assert loaded.image_prompt("what ?", 2) == language.image_prompt("what ?", 2)
-    prompts, vectors = [language.image_prompt("what ?", 2)], torch.randn(1, 2, D_MODEL)
+    assert loaded.chat.special == language.chat.special
+    assert loaded.chat.image_prompt("what ?", 2) == language.chat.image_prompt(
+        "what ?", 2
+    )
+    prompts, vectors = (
+        [language.chat.image_prompt("what ?", 2)],
+        torch.randn(1, 2, D_MODEL),
+    )
     residuals = {}
     for model in (language, loaded):
         model.read(

@@ -1,0 +1,313 @@
+"""A Hugging Face checkpoint becomes a hooked model with the same residual stream.
+
+Two kinds, one contract (`hook_embed`, `blocks.i.hook_resid_post`, `stop_at_layer`):
+`HookedTransformer`, TransformerLens' own model with converted weights, and
+`TransformerBridge`, hooks around Hugging Face's model. Weights are converted without
+processing, unless the SAEs were trained on processed weights.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+from transformer_lens import loading_from_pretrained as lens
+from transformer_lens.model_bridge import TransformerBridge
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from vlm_probe.tokens import check_names
+
+Hooked = HookedTransformer | TransformerBridge
+
+BACKENDS = ("auto", "hooked", "bridge")
+"""`hooked` a HookedTransformer, `bridge` a TransformerBridge; `auto` the first where
+TransformerLens can convert the architecture, else the second."""
+
+PROCESSING = (
+    "fold_ln",
+    "center_writing_weights",
+    "center_unembed",
+    "fold_value_biases",
+    "refactor_factored_attn_matrices",
+)
+"""TransformerLens' weight processing, by the names of `from_pretrained`."""
+
+_CONTEXT = 2048
+"""Positions kept for rotary models: HookedTransformer holds a mask of n_ctx x n_ctx
+for each layer, which at the 131,072 of a Llama 3 would be 17 GB."""
+
+_MADE_ANEW = ("mask", "IGNORE", "rotary_sin", "rotary_cos")
+"""Buffers that a HookedTransformer computes from its config."""
+
+_CONFIG, _WEIGHTS = "hooked_transformer.json", "model.safetensors"
+
+
+def load_checkpoint(
+    source: str | Path | PreTrainedModel,
+    *,
+    backend: str = "auto",
+    processing: Mapping[str, bool] | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[Hooked, PreTrainedTokenizerBase]:
+    """Loads a hub name, a local folder of Hugging Face's, or a model in memory.
+
+    Args:
+        source: For instance "google/gemma-2-2b-it", TransformerLens' "gemma-2-2b-it",
+            a folder written by `save_pretrained`, or a `PreTrainedModel`.
+        backend: One of `BACKENDS`.
+        processing: Which of `PROCESSING` is done to the weights; nothing if None.
+        device: Where the model goes.
+        dtype: Of its weights.
+        tokenizer: The source's own if None.
+
+    Raises:
+        FileNotFoundError: Nothing there, or the hub cannot be reached.
+        ValueError: An architecture, processing or tokenizer that cannot be had.
+    """
+    check_names("backend", [backend], BACKENDS)
+    wanted = {name for name, on in (processing or {}).items() if on}
+    check_names("weight processing", sorted(wanted), PROCESSING)
+    if isinstance(source, PreTrainedModel):
+        config, name = source.config, source.config.name_or_path
+    else:
+        name = _hub_name(str(source))
+        config = _from_pretrained(AutoConfig, name)
+    if tokenizer is None:
+        tokenizer = _from_pretrained(AutoTokenizer, name)
+    cfg = None if backend == "bridge" else _hooked_config(config, dtype)
+    if cfg is None and backend == "hooked":
+        raise ValueError(
+            f"TransformerLens has no HookedTransformer for {_architecture(config)} "
+            f'({name}); load it with backend="bridge"'
+        )
+    if cfg is None and wanted:
+        raise ValueError(
+            f"the SAEs were trained on weights with {', '.join(sorted(wanted))}, which "
+            f'a bridge does not do; load {name} with backend="hooked"'
+        )
+    model = source
+    if not isinstance(model, PreTrainedModel):
+        # Attention that is not eager differs from the bridge's own by 1e-3.
+        model = _from_pretrained(
+            AutoModelForCausalLM, name, dtype=dtype, attn_implementation="eager"
+        )
+    model = model.eval().requires_grad_(False)
+    if cfg is None:
+        bridge = TransformerBridge.boot_transformers(
+            name,
+            hf_model=model.to(device, dtype),
+            tokenizer=tokenizer,
+            device=device,
+            dtype=dtype,
+        )
+        return bridge, tokenizer
+    hooked = _converted(model, cfg, wanted)
+    return hooked.to(device, print_details=False), tokenizer
+
+
+def load_hooked(
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[HookedTransformer, PreTrainedTokenizerBase]:
+    """Loads what `save_hooked` wrote: config, weights and tokenizer in one folder."""
+    folder = Path(folder)
+    config = json.loads((folder / _CONFIG).read_text())
+    config |= {"dtype": dtype, "device": str(device)}
+    hooked = HookedTransformer(HookedTransformerConfig.from_dict(config))
+    try:
+        weights = load_file(folder / _WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{folder / _WEIGHTS} is damaged ({error}); copy or save it again"
+        ) from error
+    missing, unexpected = hooked.load_state_dict(weights, strict=False)
+    missing = [m for m in missing if m.rsplit(".", 1)[-1] not in _MADE_ANEW]
+    if missing or unexpected:
+        raise ValueError(
+            f"{folder / _WEIGHTS} does not fit {_CONFIG} beside it: missing "
+            f"{missing or 'nothing'}, unexpected {unexpected or 'nothing'}"
+        )
+    return hooked, AutoTokenizer.from_pretrained(folder)
+
+
+def is_hooked_folder(folder: str | Path) -> bool:
+    """Whether `load_hooked` is what loads a folder."""
+    return (Path(folder) / _CONFIG).is_file()
+
+
+def save_hooked(
+    hooked: Hooked, tokenizer: PreTrainedTokenizerBase, folder: str | Path
+) -> None:
+    """Writes a model and its tokenizer; a bridge as Hugging Face does."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(hooked, TransformerBridge):
+        _unwrapped(hooked.original_model).save_pretrained(folder)
+    else:
+        config = hooked.cfg.to_dict()
+        config["dtype"], config["device"] = str(config["dtype"]), "cpu"
+        # Not config.json: beside a tokenizer that would mislead AutoTokenizer.
+        (folder / _CONFIG).write_text(json.dumps(config, indent=1, default=str))
+        weights = {
+            name: tensor.contiguous()
+            for name, tensor in hooked.state_dict().items()
+            if name.rsplit(".", 1)[-1] not in _MADE_ANEW
+        }
+        save_file(weights, folder / _WEIGHTS)
+    tokenizer.save_pretrained(folder)
+
+
+def _unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without the components that a bridge put around each of its parts."""
+    bare = {
+        name.replace("._original_component", ""): tensor
+        for name, tensor in model.state_dict().items()
+    }
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    # Parts are found under Hugging Face's names and under the bridge's.
+    own = {name: bare[name] for name in plain.state_dict()}
+    plain.load_state_dict(own, assign=True)
+    plain.tie_weights()
+    return plain
+
+
+def _hub_name(source: str) -> str:
+    """A folder as it is; a name of TransformerLens' as the hub's."""
+    if Path(source).exists():
+        return source
+    return lens.make_model_alias_map().get(source.lower(), source)
+
+
+def _from_pretrained(kind: type, name: str, **options: object) -> object:
+    """Hugging Face's loader, its many ways to fail told as one."""
+    try:
+        return kind.from_pretrained(name, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        what = {
+            AutoConfig: "config",
+            AutoTokenizer: "tokenizer",
+            AutoModelForCausalLM: "weights",
+        }[kind]
+        first = str(error).strip().split("\n", 1)[0]
+        if Path(name).exists():
+            raise ValueError(
+                f"no {what} of a language model could be read from {name}: {first} "
+                "Expected a folder written by save_pretrained: config.json, "
+                "model.safetensors (or its shards) and the tokenizer's files"
+            ) from error
+        raise FileNotFoundError(
+            f"no {what} for {name!r}: it is no folder here, and the Hugging Face hub "
+            f"gave nothing ({first}) Give a local folder, or download it where there "
+            f"is a network: `hf download {name}`"
+        ) from error
+
+
+def _architecture(config: PretrainedConfig) -> str:
+    return (config.architectures or [type(config).__name__])[0]
+
+
+def _hooked_config(
+    config: PretrainedConfig, dtype: torch.dtype
+) -> HookedTransformerConfig | None:
+    """TransformerLens' config for a checkpoint's; None if it has no such model."""
+    if _architecture(config) == "Gemma2ForCausalLM":
+        made = _gemma2(config)
+    else:
+        # TransformerLens reads a folder's config.json, but goes by the folder's name
+        # as soon as that says llama or gemma. So it gets a folder without a name.
+        with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+            if any(name in folder.lower() for name in ("llama", "gemma")):
+                raise ValueError(
+                    f"the folder for temporary files is {folder}, and TransformerLens "
+                    "takes a path with llama or gemma in it for that model; set TMPDIR "
+                    "to another place"
+                )
+            config.save_pretrained(folder)
+            described = Path(folder, "config.json")
+            fields = json.loads(described.read_text())
+            fields["architectures"] = [_architecture(config)]
+            # TransformerLens asks for the name that GPT-2 configs had before.
+            if "n_positions" in fields:
+                fields.setdefault("n_ctx", fields["n_positions"])
+            described.write_text(json.dumps(fields))
+            try:
+                made = lens.convert_hf_model_config(folder)
+            except NotImplementedError:
+                return None
+    if made.get("positional_embedding_type") == "rotary":
+        made["n_ctx"] = min(made["n_ctx"], _CONTEXT)
+    made |= {
+        "model_name": Path(config.name_or_path or _architecture(config)).name,
+        "init_weights": False,
+        "dtype": dtype,
+        "device": "cpu",
+        "tokenizer_name": None,  # ours is given with every pass
+    }
+    return HookedTransformerConfig.from_dict(made)
+
+
+def _gemma2(c: PretrainedConfig) -> dict[str, object]:
+    """Gemma-2 of any size; TransformerLens knows three by name and none by config."""
+    kinds = {"sliding_attention": "local", "full_attention": "global"}
+    return {
+        "n_layers": c.num_hidden_layers,
+        "d_model": c.hidden_size,
+        "d_head": c.head_dim,
+        "n_heads": c.num_attention_heads,
+        "n_key_value_heads": c.num_key_value_heads,
+        "d_mlp": c.intermediate_size,
+        "d_vocab": c.vocab_size,
+        "n_ctx": c.max_position_embeddings,
+        "eps": c.rms_norm_eps,
+        "act_fn": "gelu_pytorch_tanh",
+        "normalization_type": "RMS",
+        "final_rms": True,
+        "use_normalization_before_and_after": True,
+        "gated_mlp": True,
+        "positional_embedding_type": "rotary",
+        "rotary_dim": c.head_dim,
+        "rotary_base": c.rope_parameters["rope_theta"],
+        "rotary_adjacent_pairs": False,
+        "use_attn_scale": True,
+        "attn_scale": c.query_pre_attn_scalar**0.5,
+        "use_local_attn": True,
+        "window_size": c.sliding_window,
+        "attn_types": [kinds[kind] for kind in c.layer_types],
+        "attn_scores_soft_cap": c.attn_logit_softcapping or -1.0,
+        "output_logits_soft_cap": c.final_logit_softcapping or -1.0,
+        "original_architecture": "Gemma2ForCausalLM",
+    }
+
+
+def _converted(
+    model: PreTrainedModel, cfg: HookedTransformerConfig, wanted: set[str]
+) -> HookedTransformer:
+    # Any path will do where the model is given, but TransformerLens asks for one.
+    weights = lens.get_pretrained_state_dict(
+        tempfile.gettempdir(), cfg, hf_model=model, dtype=cfg.dtype
+    )
+    if "fold_ln" in wanted and cfg.normalization_type in ("LN", "RMS"):
+        cfg.normalization_type += "Pre"
+    hooked = HookedTransformer(cfg, move_to_device=False)
+    hooked.load_and_process_state_dict(
+        weights, **{name: name in wanted for name in PROCESSING}
+    )
+    return hooked
