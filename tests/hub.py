@@ -1,7 +1,13 @@
-"""Tiny random language models in the folders that Hugging Face writes."""
+"""Tiny random models in the files that are published: what a hub would hold."""
 
+import json
+
+import numpy as np
+import open_clip
 import torch
 import transformers
+from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -147,3 +153,37 @@ def write_language(folder, family, *, seed=0):
     made.save_pretrained(folder)
     words.save_pretrained(folder)
     return made
+
+
+def picture(size=(320, 240), seed=0):
+    """A picture of noise, for what needs any picture at all."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+CLIP = {
+    "embed_dim": 8,
+    "vision_cfg": {
+        "image_size": 32,
+        "patch_size": 8,
+        "layers": 2,
+        "width": 24,
+        "head_width": 8,
+    },
+    "text_cfg": {
+        "context_length": 8,
+        "vocab_size": 10,
+        "width": 8,
+        "heads": 1,
+        "layers": 1,
+    },
+}
+
+
+def write_vision(folder, config=CLIP):
+    """Saves a tiny CLIP as open_clip's `local-dir:` reads it."""
+    folder.mkdir(parents=True)
+    described = {"model_cfg": config, "preprocess_cfg": {}}
+    (folder / "open_clip_config.json").write_text(json.dumps(described))
+    weights = open_clip.CLIP(**config).state_dict()
+    save_file(weights, folder / "open_clip_model.safetensors")

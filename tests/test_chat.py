@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import D_MODEL, LAYERS, tiny_language
 
+from vlm_probe.hooked import save_hooked
 from vlm_probe.language import LanguageModel
-from vlm_probe.toy.language import save
 from vlm_probe.toy.texts import make_tokenizer
 
 
@@ -90,7 +90,7 @@ def saved(tmp_path):
         if "rotary" not in name and not name.endswith("IGNORE")
     }
     language.hooked.load_state_dict(state | rounded)
-    save(language.hooked, language.tokenizer, tmp_path / "tongue")
+    save_hooked(language.hooked, language.tokenizer, tmp_path / "tongue")
     return language, tmp_path / "tongue"
 
 

@@ -265,7 +265,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     hub.write_language(tmp_path / "a", "llama")
     with pytest.raises(ValueError, match=r"unknown backend 'x'; valid: auto, hooked"):
         LanguageModel.load(tmp_path / "a", backend="x")
-    with pytest.raises(ValueError, match=r"unknown dtype 'int8'; valid: float32"):
+    with pytest.raises(ValueError, match=r"dtype 'int8': expected one of float32"):
         LanguageModel.load(tmp_path / "a", dtype="int8")
     with pytest.raises(ValueError, match=r"unknown weight processing 'fold'; valid"):
         LanguageModel.load(tmp_path / "a", processing={"fold": True})

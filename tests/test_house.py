@@ -28,13 +28,31 @@ HOUSE = {
         0,
         "The exact sparse codes of one autoencoder, and what they decode to.",
     ),
+    "weights": (0, "Tensors are read from files that run no code."),
+    "geometry": (
+        0,
+        "Where a box of the vision model's input lies in the original picture.",
+    ),
+    "origin": (
+        0,
+        "Where the weights of a vision tower come from, and so what they were trained "
+        "with.",
+    ),
+    "towers": (
+        0,
+        "A vision tower is built from open_clip's config and filled with weights.",
+    ),
+    "sources": (
+        1,
+        "What a vision model is called becomes a config and a file of weights.",
+    ),
     "hooked": (
         1,
         "A Hugging Face checkpoint becomes a hooked model with the same residual "
         "stream.",
     ),
     "chat": (1, "Words become prompts, a picture among them."),
-    "settings": (1, "What a probe is asked to do."),
+    "settings": (1, "What a probe is asked to do, and with which model."),
     "examples": (1, "Pictures and conversations on disk become examples."),
     "vision": (2, "Images become patch tokens."),
     "adapter": (2, "Patch tokens become input vectors of the language model."),
@@ -42,6 +60,11 @@ HOUSE = {
         2,
         "One frozen pass through the language model with image vectors put in.",
     ),
+    "sae_offers": (
+        0,
+        "Which autoencoders there are to be had, and which of them is meant.",
+    ),
+    "sae_formats": (1, "The formats in which sparse autoencoders are published."),
     "saes": (2, "One sparse autoencoder per layer."),
     "controls": (
         2,

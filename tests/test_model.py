@@ -3,10 +3,9 @@
 import json
 from dataclasses import replace
 
-import open_clip
+import hub
 import pytest
 import torch
-from safetensors.torch import save_file
 from tiny import (
     D_MODEL,
     D_VISION,
@@ -18,9 +17,9 @@ from tiny import (
 )
 
 from vlm_probe.adapter import LinearAdapter
+from vlm_probe.hooked import save_hooked
 from vlm_probe.model import load
 from vlm_probe.saes import LayerSae, load_saes
-from vlm_probe.toy.language import save
 
 
 @pytest.fixture(scope="module")
@@ -153,22 +152,11 @@ def test_a_folder_without_autoencoders_is_refused(tmp_path):
 def saved(folder):
     """A folder as `load` wants it, of parts that fit."""
     language = tiny_language()
-    save(language.hooked, language.tokenizer, folder / "language")
+    save_hooked(language.hooked, language.tokenizer, folder / "language")
     LinearAdapter(D_VISION, D_MODEL).save(folder / "adapter.safetensors")
     for layer in range(3):
         tiny_sae(layer).sae.save_model(folder / "saes" / f"layer_{layer}")
-    text = {"context_length": 8, "vocab_size": 10, "width": 8, "heads": 1, "layers": 1}
-    vision = {"image_size": 32, "patch_size": 8, "layers": 2, "head_width": 8}
-    config = {
-        "embed_dim": 8,
-        "vision_cfg": vision | {"width": D_VISION},
-        "text_cfg": text,
-    }
-    (folder / "vision").mkdir()
-    described = {"model_cfg": config, "preprocess_cfg": {}}
-    (folder / "vision" / "open_clip_config.json").write_text(json.dumps(described))
-    weights = open_clip.CLIP(**config).state_dict()
-    save_file(weights, folder / "vision" / "open_clip_model.safetensors")
+    hub.write_vision(folder / "vision")
     about = {
         "name": "kept",
         "vision_block": -2,

@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vlm_probe.checkup import doctor
     from vlm_probe.examples import Example, read_examples
     from vlm_probe.model import VisionLanguageModel, load
     from vlm_probe.probe import probe_layers
@@ -21,6 +22,7 @@ _HOME = {
     "ProbeResult": "result",
     "ProbeSettings": "settings",
     "VisionLanguageModel": "model",
+    "doctor": "checkup",
     "load": "model",
     "probe_layers": "probe",
     "read_examples": "examples",
@@ -32,6 +34,7 @@ __all__ = [
     "ProbeResult",
     "ProbeSettings",
     "VisionLanguageModel",
+    "doctor",
     "load",
     "probe_layers",
     "read_examples",

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vlm_probe.settings import ProbeSettings
+from vlm_probe.settings import Parts, ProbeSettings
 from vlm_probe.tokens import CONTROLS
 
 if TYPE_CHECKING:
+    from vlm_probe.model import VisionLanguageModel
     from vlm_probe.result import ProbeResult
 
 Files = Annotated[tuple[Path, ...], tyro.conf.Positional]
 Settings = Annotated[ProbeSettings, tyro.conf.arg(name="")]
+Model = Annotated[Parts, tyro.conf.arg(name="")]
 
 app = tyro.extras.SubcommandApp()
 
@@ -26,8 +28,9 @@ app = tyro.extras.SubcommandApp()
 def probe(
     images: Files,
     settings: Settings = ProbeSettings(),  # noqa: B008 -- frozen
+    parts: Model = Parts(),  # noqa: B008 -- frozen
     *,
-    model: str = "toy",
+    model: str | None = None,
     out: Path = Path("probe"),
 ) -> None:
     """Probe pictures, layer by layer.
@@ -35,16 +38,39 @@ def probe(
     Args:
         images: Pictures, or one conversation file in LLaVA's format (.json).
         settings: What is asked.
-        model: A model's folder, or "toy" for the embedded one.
+        parts: Of the model; over what `model` says.
+        model: "toy", the embedded model (if no part is given either), "paper", the
+            setup of arXiv 2506.11976, or a folder that a model was saved to.
         out: Folder for the tables and report.html.
     """
     from vlm_probe.examples import read_examples
-    from vlm_probe.model import load
     from vlm_probe.probe import probe_layers
 
     conversations = len(images) == 1 and images[0].suffix == ".json"
     examples = read_examples(images[0]) if conversations else list(images)
-    _finish(probe_layers(load(model), examples, settings), out)
+    _finish(probe_layers(_load(model, parts), examples, settings), out)
+
+
+@app.command
+def doctor(
+    settings: Settings = ProbeSettings(),  # noqa: B008 -- frozen
+    parts: Model = Parts(),  # noqa: B008 -- frozen
+    *,
+    model: str | None = None,
+) -> None:
+    """Examine whether the parts of a model belong together; fails if one does not.
+
+    Args:
+        settings: Of the probe that is planned, for the estimate of its memory.
+        parts: Of the model; over what `model` says.
+        model: "toy", the embedded model (if no part is given either), "paper", the
+            setup of arXiv 2506.11976, or a folder that a model was saved to.
+    """
+    from vlm_probe.checkup import doctor
+
+    findings = doctor(_load(model, parts), settings)
+    if wrong := [f.check for f in findings if f.verdict == "wrong"]:
+        sys.exit(f"vlm-probe: wrong: {', '.join(wrong)}")
 
 
 @app.command
@@ -149,6 +175,14 @@ def _toy_adapter(stage: str, folder: Path, *, seed: int) -> dict:
     by_kind = answers.groupby("kind")[right].mean()
     by_kind.loc["all"] = answers[right].mean()
     return by_kind.round(3).to_dict("index")
+
+
+def _load(model: str | None, parts: Parts) -> VisionLanguageModel:
+    from vlm_probe.model import load
+
+    given = {f.name: getattr(parts, f.name) for f in fields(Parts)}
+    said = {f.name: f.default for f in fields(Parts)}
+    return load(model, **{n: v for n, v in given.items() if v != said[n]})
 
 
 def _finish(result: ProbeResult, out: Path) -> None:

@@ -8,6 +8,7 @@ processing, unless the SAEs were trained on processed weights.
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformer_lens import loading_from_pretrained as lens
 from transformer_lens.model_bridge import TransformerBridge
@@ -29,6 +30,7 @@ from transformers import (
 )
 
 from vlm_probe.tokens import check_names
+from vlm_probe.weights import read_weights
 
 Hooked = HookedTransformer | TransformerBridge
 
@@ -111,12 +113,18 @@ def load_checkpoint(
         bridge = TransformerBridge.boot_transformers(
             name,
             hf_model=model.to(device, dtype),
-            tokenizer=tokenizer,
+            # A copy, for the bridge gives one without beginning-of-text token another.
+            tokenizer=copy.deepcopy(tokenizer),
             device=device,
             dtype=dtype,
         )
         return bridge, tokenizer
-    hooked = _converted(model, cfg, wanted)
+    weights = _weights(model, cfg)
+    if "fold_ln" in wanted and cfg.normalization_type in ("LN", "RMS"):
+        cfg.normalization_type += "Pre"
+    if model is not source:
+        del model  # so that its memory is free as soon as its weights are converted
+    hooked = _filled(HookedTransformer(cfg, move_to_device=False), weights, wanted)
     return hooked.to(device, print_details=False), tokenizer
 
 
@@ -131,12 +139,7 @@ def load_hooked(
     config = json.loads((folder / _CONFIG).read_text())
     config |= {"dtype": dtype, "device": str(device)}
     hooked = HookedTransformer(HookedTransformerConfig.from_dict(config))
-    try:
-        weights = load_file(folder / _WEIGHTS)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{folder / _WEIGHTS} is damaged ({error}); copy or save it again"
-        ) from error
+    weights, _ = read_weights(folder / _WEIGHTS)
     missing, unexpected = hooked.load_state_dict(weights, strict=False)
     missing = [m for m in missing if m.rsplit(".", 1)[-1] not in _MADE_ANEW]
     if missing or unexpected:
@@ -153,20 +156,34 @@ def is_hooked_folder(folder: str | Path) -> bool:
 
 
 def save_hooked(
-    hooked: Hooked, tokenizer: PreTrainedTokenizerBase, folder: str | Path
+    hooked: Hooked,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
 ) -> None:
-    """Writes a model and its tokenizer; a bridge as Hugging Face does."""
+    """Writes a model and its tokenizer; a bridge as Hugging Face does.
+
+    Args:
+        hooked: The model.
+        tokenizer: Goes into the same folder.
+        folder: Made if it is not there.
+        dtype: What a HookedTransformer's weights are stored in; their own if None.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(hooked, TransformerBridge):
         _unwrapped(hooked.original_model).save_pretrained(folder)
     else:
-        config = hooked.cfg.to_dict()
-        config["dtype"], config["device"] = str(config["dtype"]), "cpu"
+        # Another dictionary: to_dict gives the config's own.
+        config = hooked.cfg.to_dict() | {
+            "dtype": str(hooked.cfg.dtype),
+            "device": "cpu",
+        }
         # Not config.json: beside a tokenizer that would mislead AutoTokenizer.
         (folder / _CONFIG).write_text(json.dumps(config, indent=1, default=str))
         weights = {
-            name: tensor.contiguous()
+            name: tensor.to(dtype).contiguous()
             for name, tensor in hooked.state_dict().items()
             if name.rsplit(".", 1)[-1] not in _MADE_ANEW
         }
@@ -297,17 +314,35 @@ def _gemma2(c: PretrainedConfig) -> dict[str, object]:
     }
 
 
-def _converted(
-    model: PreTrainedModel, cfg: HookedTransformerConfig, wanted: set[str]
-) -> HookedTransformer:
+def _weights(
+    model: PreTrainedModel, cfg: HookedTransformerConfig
+) -> dict[str, torch.Tensor]:
     # Any path will do where the model is given, but TransformerLens asks for one.
-    weights = lens.get_pretrained_state_dict(
+    return lens.get_pretrained_state_dict(
         tempfile.gettempdir(), cfg, hf_model=model, dtype=cfg.dtype
     )
-    if "fold_ln" in wanted and cfg.normalization_type in ("LN", "RMS"):
-        cfg.normalization_type += "Pre"
-    hooked = HookedTransformer(cfg, move_to_device=False)
-    hooked.load_and_process_state_dict(
-        weights, **{name: name in wanted for name in PROCESSING}
-    )
+
+
+def _filled(
+    hooked: HookedTransformer, weights: dict[str, torch.Tensor], wanted: set[str]
+) -> HookedTransformer:
+    if wanted:
+        flags = {name: name in wanted for name in PROCESSING}
+        hooked.load_and_process_state_dict(weights, **flags)
+        return hooked
+    # One weight after the other, each let go of at once: two whole copies of a model
+    # beside its SAEs are what memory runs out at.
+    places = hooked.state_dict()
+    # A bias that a family has not is zero, as TransformerLens makes it.
+    made = {n for n in places if n.rsplit(".", 1)[-1].startswith(("b_", *_MADE_ANEW))}
+    missing = sorted(set(places) - set(weights) - made)
+    if missing:
+        raise ValueError(
+            f"TransformerLens converted no weights for {', '.join(missing[:5])} of "
+            f'{hooked.cfg.model_name}; load it with backend="bridge"'
+        )
+    for name in list(weights):
+        tensor = weights.pop(name)
+        if name in places:
+            places[name].copy_(tensor)
     return hooked

@@ -23,6 +23,7 @@ from vlm_probe.hooked import (
     save_hooked,
 )
 from vlm_probe.tokens import HOOK_POINTS, Prompt, check_names
+from vlm_probe.weights import floating
 
 Visitor = Callable[[int, Float[Tensor, "row pos d_model"]], None]
 """Gets a layer's number and its residual stream, which it must not keep or change."""
@@ -62,7 +63,7 @@ class LanguageModel:
     @classmethod
     def load(
         cls,
-        source: str | Path | PreTrainedModel,
+        source: str | Path | PreTrainedModel | Hooked,
         *,
         backend: str = "auto",
         processing: Mapping[str, bool] | None = None,
@@ -75,7 +76,8 @@ class LanguageModel:
 
         Args:
             source: A hub name, a folder written by Hugging Face's `save_pretrained` or
-                by `save`, or a Hugging Face model in memory.
+                by `save`, or a model in memory: Hugging Face's, a HookedTransformer or
+                a TransformerBridge, which is taken as it is.
             backend: "hooked" (HookedTransformer), "bridge" (TransformerBridge), or
                 "auto": the first where TransformerLens can convert the architecture.
             processing: TransformerLens' weight processing to be done, for instance
@@ -91,9 +93,18 @@ class LanguageModel:
             ValueError: Files that are damaged or do not fit, an architecture or
                 processing that cannot be had.
         """
-        dtype = torch_dtype(dtype)
-        if not isinstance(source, PreTrainedModel) and is_hooked_folder(source):
+        dtype = floating(dtype)
+        if isinstance(source, Hooked):
+            hooked, own = source, source.tokenizer
+            name = source.cfg.model_name
+            if (tokenizer or own) is None:
+                raise ValueError(f"{name!r} has no tokenizer; give one as tokenizer=")
+        elif not isinstance(source, PreTrainedModel) and is_hooked_folder(source):
+            check_names(
+                "backend of a HookedTransformer's folder", [backend], ("auto", "hooked")
+            )
             hooked, own = load_hooked(source, device=device, dtype=dtype)
+            name = str(source)
         else:
             hooked, own = load_checkpoint(
                 source,
@@ -103,15 +114,12 @@ class LanguageModel:
                 dtype=dtype,
                 tokenizer=tokenizer,
             )
-        named = (
-            source.config.name_or_path or type(source).__name__
-            if isinstance(source, PreTrainedModel)
-            else str(source)
-        )
+            held = isinstance(source, PreTrainedModel)
+            name = source.config.name_or_path if held else str(source)
         return cls(
             hooked,
             tokenizer or own,
-            name=Path(named).name,
+            name=Path(name).name,
             default_prompt=default_prompt,
         )
 
@@ -130,6 +138,11 @@ class LanguageModel:
         return self.hooked.cfg.d_model
 
     @property
+    def backend(self) -> str:
+        """How it is run: "hooked" or "bridge"."""
+        return "bridge" if isinstance(self.hooked, TransformerBridge) else "hooked"
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.hooked.parameters()).device
@@ -146,7 +159,7 @@ class LanguageModel:
         Only what changes the residual stream of LayerNorm models is looked for, and
         folded norms; nothing of it shows in the residual stream of RMS models.
         """
-        if isinstance(self.hooked, TransformerBridge):
+        if self.backend == "bridge":
             return {}
         kind = self.hooked.cfg.normalization_type or ""
         words = self.hooked.W_E.float()
@@ -230,10 +243,10 @@ class LanguageModel:
         Positions that are learned and added, as GPT-2's are, come after this, to words
         and image vectors alike.
         """
-        tokens = torch.tensor([list(ids)], device=self.device)
+        tokens = torch.tensor(list(ids), device=self.device)[:, None]
         with self._traced.trace(tokens, return_type=None, stop_at_layer=1):
             embedded = self._traced.hook_embed.output.save()
-        return embedded[0]  # pyright: ignore[reportPossiblyUnboundVariable]
+        return embedded[:, 0]  # pyright: ignore[reportPossiblyUnboundVariable]
 
     @torch.no_grad()
     def generate(
@@ -333,11 +346,3 @@ class _Batch:
         at = self.start[:, None] + torch.arange(x.shape[1], device=x.device)
         at = at.clamp(max=x.shape[1] - 1)
         return x[torch.arange(len(x), device=x.device)[:, None], at]
-
-
-def torch_dtype(given: str | torch.dtype) -> torch.dtype:
-    """A dtype by its name."""
-    found = getattr(torch, given, None) if isinstance(given, str) else given
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"unknown dtype {given!r}; valid: float32, bfloat16, float16")
-    return found

@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from vlm_probe.adapter import LinearAdapter
+from vlm_probe.adapter import Adapter, load_adapter
 from vlm_probe.examples import data_folder
 from vlm_probe.language import LanguageModel
 from vlm_probe.saes import LayerSae, load_saes
+from vlm_probe.settings import PRESETS, Parts
 from vlm_probe.vision import VisionModel
 
 
@@ -24,7 +25,7 @@ class VisionLanguageModel:
 
     vision: VisionModel
     """From pictures to patch tokens."""
-    adapter: LinearAdapter
+    adapter: Adapter
     """From patch tokens to input vectors of the language model."""
     language: LanguageModel
     """What reads them."""
@@ -52,6 +53,11 @@ class VisionLanguageModel:
         if not self.saes:
             raise ValueError("no SAE given; at least one layer needs one")
         for layer, sae in self.saes.items():
+            if sae.hook_point != self.hook_point:
+                raise ValueError(
+                    f"SAE {sae.name!r} is for {sae.hook_point}, others for "
+                    f"{self.hook_point}; probe one hook point at a time"
+                )
             if layer != sae.layer:
                 raise ValueError(f"SAE {sae.name!r} of layer {sae.layer} under {layer}")
             if not 0 <= layer < self.language.n_layers:
@@ -69,6 +75,40 @@ class VisionLanguageModel:
             texts = _lines(data_folder() / "reference_texts.txt")
             object.__setattr__(self, "reference_texts", texts)
 
+    @property
+    def hook_point(self) -> str:
+        """Where in its blocks the residual stream is read, the same for all SAEs."""
+        return next(iter(self.saes.values())).hook_point
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes all parts to a folder that `load` reads, with their weights.
+
+        Raises:
+            FileExistsError: There is a model in the folder already.
+        """
+        folder = Path(folder)
+        if (folder / _DESCRIPTION).exists():
+            raise FileExistsError(
+                f"there is a model in {folder} already; give another folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        self.language.save(folder / "language")
+        self.vision.save(folder / "vision")
+        self.adapter.save(folder / "adapter.safetensors")
+        for layer, sae in self.saes.items():
+            sae.save(folder / "saes" / f"layer_{layer}")
+        (folder / _TEXTS).write_text("\n".join(self.reference_texts) + "\n")
+        about = {
+            "name": self.name,
+            "vision_block": self.vision.block,
+            "default_prompt": self.language.chat.default_prompt,
+            "backend": self.language.backend,
+            "dtype": str(self.language.dtype).removeprefix("torch."),
+        }
+        # Last, so that a folder with a description is whole.
+        (folder / _DESCRIPTION).write_text(json.dumps(about, indent=1) + "\n")
+        return folder
+
     def identities(self) -> dict[str, dict[str, str]]:
         """Name and SHA-256 of the weights of each part."""
         parts = {
@@ -85,38 +125,139 @@ class VisionLanguageModel:
         }
 
 
-def load(source: str | Path = "toy") -> VisionLanguageModel:
-    """Loads a model from a folder.
+def load(source: str | Path | None = None, **parts: object) -> VisionLanguageModel:
+    """Loads a model.
 
-    The folder holds `model.json`, `language/`, `vision/`, `adapter.safetensors`,
-    `saes/` and, if its own words are few, `reference_texts.txt`.
+    Three ways: `load("toy")`, a preset or a folder that `save` wrote; `load(language=,
+    vision=, adapter=, saes=)`; or a preset or folder with some parts changed, as in
+    `load("paper", adapter="projector.pth", dtype="bfloat16")`.
 
     Args:
-        source: The folder, or "toy" for the embedded model.
+        source: "toy" for the embedded model (also if nothing is given at all), the name
+            of a preset (`vlm_probe.settings.PRESETS`), or a folder.
+        **parts: Fields of `vlm_probe.settings.Parts`, where each is described.
+            `language`, `vision`, `adapter` and `saes` may also be objects: a
+            `LanguageModel` or a Hugging Face model with its folder, a `VisionModel`, an
+            `Adapter`, a mapping from layers to `LayerSae`.
 
     Raises:
-        FileNotFoundError: There is no such folder, or a part is missing.
-        ValueError: The parts do not fit together.
+        FileNotFoundError: There is no such folder or file, or the hub gave nothing.
+        TypeError: An unknown part.
+        ValueError: A part is not said, cannot be read, or does not fit the others.
     """
-    folder = data_folder() / "toy" if source == "toy" else Path(source)
-    described = folder / "model.json"
-    if not described.is_file():
-        raise FileNotFoundError(
-            f"no model in {folder}: expected a folder with model.json, language/, "
-            'vision/, adapter.safetensors and saes/, or "toy" for the embedded model'
+    valid = [field.name for field in fields(Parts)]
+    if unknown := [name for name in parts if name not in valid]:
+        raise TypeError(
+            f"unknown part {', '.join(map(repr, unknown))}; valid: {', '.join(valid)}"
         )
-    about = json.loads(described.read_text())
-    texts = folder / "reference_texts.txt"
-    return VisionLanguageModel(
-        vision=VisionModel.load(folder / "vision", block=about["vision_block"]),
-        adapter=LinearAdapter.load(folder / "adapter.safetensors"),
-        language=LanguageModel.load(
-            folder / "language", default_prompt=about["default_prompt"]
-        ),
-        saes=load_saes(folder / "saes"),
-        name=about["name"],
-        reference_texts=_lines(texts) if texts.is_file() else (),
+    held = {
+        name: part
+        for name in _FOUR
+        if not isinstance(part := parts.get(name), str | Path | None)
+    }
+    named = {name: part for name, part in parts.items() if name not in held}
+    if source is None and not parts:
+        source = "toy"
+    described, texts = (Parts(), ()) if source is None else _described(source)
+    wanted = replace(described, **named)
+    if missing := [n for n in _FOUR if n not in held and getattr(wanted, n) is None]:
+        raise ValueError(
+            f"{' and '.join(missing)} not given; a model is made of "
+            f"{', '.join(_FOUR)}, or load one of: toy, {', '.join(PRESETS)}, or a "
+            "folder that save wrote"
+        )
+    return _joined(wanted, held, texts)
+
+
+_FOUR = ("language", "vision", "adapter", "saes")
+_DESCRIPTION, _TEXTS = "model.json", "reference_texts.txt"
+
+
+def _described(source: str | Path) -> tuple[Parts, tuple[str, ...]]:
+    """What a preset or a folder says of its parts, and its reference texts."""
+    if source in PRESETS:
+        return PRESETS[str(source)], ()
+    folder = data_folder() / "toy" if source == "toy" else Path(source)
+    if not (folder / _DESCRIPTION).is_file():
+        raise FileNotFoundError(
+            f"no model in {folder}: expected a folder with {_DESCRIPTION}, language/, "
+            f'vision/, adapter.safetensors and saes/, or one of "toy", '
+            + ", ".join(f'"{name}"' for name in PRESETS)
+        )
+    about = json.loads((folder / _DESCRIPTION).read_text())
+    inside = {
+        "language": folder / "language",
+        "vision": folder / "vision",
+        "adapter": folder / "adapter.safetensors",
+        "saes": folder / "saes",
+    }
+    texts = folder / _TEXTS
+    return Parts(**inside | about), _lines(texts) if texts.is_file() else ()
+
+
+def _joined(
+    wanted: Parts, held: Mapping[str, object], texts: tuple[str, ...]
+) -> VisionLanguageModel:
+    language = held.get("language", wanted.language)
+    there = str(language.device) if isinstance(language, LanguageModel) else None
+    device = wanted.device or there or ("cuda" if torch.cuda.is_available() else "cpu")
+    # The small parts come first, so that what is wrong with them is said soon; and the
+    # SAEs before the language model, whose weights are processed as theirs were.
+    adapter = (
+        held["adapter"]
+        if "adapter" in held
+        else load_adapter(wanted.adapter, device=device)
     )
+    block = wanted.vision_block
+    if block is None:
+        block = adapter.manifest.get("vision_block")
+    vision = (
+        held["vision"]
+        if "vision" in held
+        else VisionModel.load(wanted.vision, block=block, device=device)
+    )
+    saes = (
+        held["saes"]
+        if "saes" in held
+        else load_saes(
+            wanted.saes,
+            layers=wanted.sae_layers,
+            width=wanted.sae_width,
+            l0=wanted.sae_l0,
+            hook_point=wanted.hook_point,
+            device=device,
+        )
+    )
+    if not isinstance(language, LanguageModel):
+        language = LanguageModel.load(
+            language,
+            backend=wanted.backend,
+            processing=_processing(saes),
+            device=device,
+            dtype=wanted.dtype,
+            default_prompt=wanted.default_prompt,
+        )
+    return VisionLanguageModel(
+        vision=vision,
+        adapter=adapter,
+        language=language,
+        saes=saes,
+        name=wanted.name or language.name,
+        reference_texts=texts,
+    )
+
+
+def _processing(saes: Mapping[int, LayerSae]) -> dict[str, bool]:
+    """The weight processing that all the SAEs were trained on."""
+    asked = {name: sae.processing for name, sae in saes.items()}
+    first = next(iter(asked.values()), {})
+    if differing := [n for n, processing in asked.items() if processing != first]:
+        raise ValueError(
+            f"the SAEs of layers {differing} were trained on weights processed as "
+            f"{asked[differing[0]]}, those of layer {next(iter(asked))} as {first}; "
+            "take SAEs of one release"
+        )
+    return first
 
 
 def _lines(file: Path) -> tuple[str, ...]:

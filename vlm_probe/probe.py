@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
@@ -22,6 +23,7 @@ from tqdm.auto import tqdm
 from vlm_probe import controls
 from vlm_probe.codes import FeatureSums, Peaks, peaks
 from vlm_probe.examples import UNREADABLE, Example, as_examples
+from vlm_probe.findings import cheap_findings
 from vlm_probe.language import Visitor
 from vlm_probe.model import VisionLanguageModel
 from vlm_probe.result import ProbeResult
@@ -42,7 +44,9 @@ def probe_layers(
 
     Each picture goes through the model once for the condition `model` and once for
     each control arm, and once more without picture, in words, for `text_only`. At
-    each layer the SAE codes the residual stream, and only sums are kept.
+    each layer the SAE codes the residual stream, and only sums are kept. What
+    `vlm_probe.doctor` can tell without a pass is looked at first: what may spoil the
+    numbers is warned of, and stands in `meta["findings"]`.
 
     Args:
         model: Of `vlm_probe.load`.
@@ -61,6 +65,10 @@ def probe_layers(
         ValueError: No image (could be read), an unknown layer, group or control, or
             an activation that is not a number.
     """
+    findings = [f for f in cheap_findings(model) if f.verdict != "ok"]
+    for finding in findings:
+        if finding.verdict in ("warning", "wrong"):
+            warnings.warn(f"{finding.check}: {finding.said}", stacklevel=2)
     run = _Run(model, _settings(settings, changes))
     started, begun = datetime.now(UTC), time.perf_counter()
     total = len(images) if hasattr(images, "__len__") else None
@@ -72,6 +80,7 @@ def probe_layers(
         {
             "started": started.isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - begun, 2),
+            "findings": [asdict(finding) for finding in findings],
         }
     )
 
@@ -129,7 +138,8 @@ class _Run:
         """Takes a batch through all conditions."""
         patches = self.model.vision.encode([item.picture for item in batch])
         units = [item.index for item in batch]
-        language, asked = self.model.language, self.settings.groups
+        language, point = self.model.language, self.model.hook_point
+        asked = self.settings.groups
         weights = bootstrap_weights(units, self.settings.replicates, self.settings.seed)
         if {"image", "text_after_image"} & set(asked):
             prompts = [
@@ -138,14 +148,14 @@ class _Run:
             ]
             for condition, vectors in self._conditions(patches, units):
                 visit = self._visitor(batch, prompts, condition, weights)
-                language.read(prompts, vectors, self.layers, visit)
+                language.read(prompts, vectors, self.layers, visit, hook_point=point)
         if "text_only" in asked:
             prompts = [
                 language.chat.text_prompt(item.example.prompt, self._words(item))
                 for item in batch
             ]
             visit = self._visitor(batch, prompts, "model", weights)
-            language.read(prompts, None, self.layers, visit)
+            language.read(prompts, None, self.layers, visit, hook_point=point)
         self.n_images += len(batch)
 
     def result(self, when: dict[str, object]) -> ProbeResult:
@@ -322,7 +332,8 @@ class _Run:
             "parts": self.model.identities(),
             "settings": asdict(self.settings),
             "layers": self.layers,
-            "hook_point": "resid_post",
+            "hook_point": self.model.hook_point,
+            "n_layers": self.model.language.n_layers,
             "patch_grid": list(self.model.vision.grid),
             "d_model": self.model.language.d_model,
             "n_images": self.n_images,

@@ -1,9 +1,10 @@
-"""What a probe is asked to do."""
+"""What a probe is asked to do, and with which model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from vlm_probe.tokens import CONTROLS, GROUPS, check_names
 
@@ -68,3 +69,60 @@ class ProbeSettings:
                 "shuffled_images gives each picture the vectors of the one before it "
                 "and needs batch_size of at least 2, given 1"
             )
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Where the parts of a model come from; the command line has the same."""
+
+    language: str | Path | None = None
+    """Language model: a hub name such as google/gemma-2-2b-it, or a folder."""
+    vision: str | Path | None = None
+    """Vision model: an open_clip name with its tag or weight file, such as
+    ViT-L-14-quickgelu:openai, an hf-hub: name, or a folder."""
+    adapter: str | Path | None = None
+    """Adapter: a file of ours, a projector.pth, or LLaVA's mm_projector.bin."""
+    saes: str | Path | None = None
+    """SAEs: a release of SAELens' list, such as gemma-scope-2b-pt-res-canonical, or a
+    folder of SAEs."""
+    sae_layers: Sequence[int] | None = None
+    """Layers whose SAE is loaded, from 0; all there are if not given."""
+    sae_width: str | None = None
+    """Which SAEs where there are several widths, in features: 16k, or 16384."""
+    sae_l0: float | None = None
+    """Which SAEs where there are several sparsities: the nearest to this L0."""
+    hook_point: str | None = None
+    """Which SAEs where there are several: resid_pre, resid_mid or resid_post."""
+    vision_block: int | None = None
+    """After which block patch tokens are taken: -1 the last, -2 the one before, as
+    LLaVA does; what the adapter's file says if not given, else the last."""
+    default_prompt: str = "Describe the picture."
+    """What is asked of a picture that comes without a prompt."""
+    backend: str = "auto"
+    """How the language model is run: hooked (HookedTransformer), bridge
+    (TransformerBridge), auto (the first where TransformerLens can)."""
+    device: str | None = None
+    """Where everything is computed; a GPU if there is one."""
+    dtype: str = "float32"
+    """Of the language model: float32 or bfloat16. Everything else is float32."""
+    name: str | None = None
+    """For tables; the language model's if not given."""
+
+    def __post_init__(self) -> None:
+        if self.sae_layers is not None:
+            layers = tuple(int(layer) for layer in self.sae_layers)
+            object.__setattr__(self, "sae_layers", layers)
+
+
+PRESETS = {
+    "paper": Parts(
+        language="google/gemma-2-2b-it",
+        vision="ViT-L-14-quickgelu:openai",
+        saes="gemma-scope-2b-pt-res-canonical",
+        sae_width="16k",
+        vision_block=-1,
+        name="paper",
+    ),
+}
+"""Setups by name. "paper" is that of arXiv 2506.11976: bring its projector as
+`adapter`."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
@@ -67,28 +65,8 @@ def build(folder: Path, *, steps: int = STEPS, seed: int = 0) -> dict[str, float
         label="language model",
     )
     figures = measure(model.half().float(), tokenizer, seed=seed + 1)
-    save(model, tokenizer, folder)
+    save_hooked(model, tokenizer, folder, dtype=torch.float16)
     return figures
-
-
-def save(
-    model: HookedTransformer, tokenizer: PreTrainedTokenizerFast, folder: Path
-) -> None:
-    """Writes a HookedTransformer and its tokenizer to a folder, weights as float16."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # The causal masks are n_ctx squared per layer and are made anew on loading.
-    weights = {
-        name: tensor.half().contiguous()
-        for name, tensor in model.state_dict().items()
-        if not name.endswith((".mask", ".IGNORE", "rotary_sin", "rotary_cos"))
-    }
-    save_file(weights, folder / "model.safetensors")
-    config = {k: v for k, v in model.cfg.to_dict().items() if k != "device"}
-    config["dtype"] = str(config["dtype"])
-    (folder / "hooked_transformer.json").write_text(
-        json.dumps(config, indent=1, default=str)
-    )
-    tokenizer.save_pretrained(folder)
 
 
 def _matrices(name: str, parameter: nn.Parameter) -> list[slice | int] | None:
