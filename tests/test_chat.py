@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import D_MODEL, LAYERS, tiny_language
 
-from vlm_probe.hooked import save_hooked
 from vlm_probe.language import LanguageModel
+from vlm_probe.language.hooked import save_hooked
 from vlm_probe.toy.texts import make_tokenizer
 
 

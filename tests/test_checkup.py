@@ -11,9 +11,9 @@ from tiny import D_VISION, tiny_vision
 
 from vlm_probe.adapter import LinearAdapter
 from vlm_probe.checkup import as_table, doctor
-from vlm_probe.findings import Finding, cheap_findings
 from vlm_probe.language import LanguageModel
 from vlm_probe.model import VisionLanguageModel
+from vlm_probe.model.findings import Finding, cheap_findings
 from vlm_probe.probe import probe_layers
 from vlm_probe.saes import LayerSae
 from vlm_probe.settings import ProbeSettings
@@ -220,9 +220,12 @@ def test_an_adapter_of_another_stack(folders):
     model.adapter.manifest |= {"language": "gpt2", "vision": "tiny", "vision_block": -2}
     found = {f.check: f for f in cheap_findings(model)}
     assert "trained on gpt2, used on llama" in found["adapter's model"].said
-    assert "trained on block -2 of 'tiny', and gets block -1" in (
-        found["adapter's vision"].said
-    )
+    seen = found["adapter's vision"]
+    assert seen.verdict == "warning"
+    assert "trained on block -2 of 'tiny', used on block -1 of 'tiny'; g" in seen.said
+    model.adapter.manifest |= {"vision": "openai/clip", "vision_block": 1}  # of two
+    (seen,) = [f for f in cheap_findings(model) if f.check == "adapter's vision"]
+    assert seen.verdict == "note"
 
 
 def test_some_layers_only_is_told(folders):

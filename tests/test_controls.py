@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vlm_probe.adapter import LinearAdapter
+from vlm_probe.adapter import LinearAdapter, MlpAdapter
 from vlm_probe.controls import noise, previous_image, random_adapter
 
 
@@ -50,6 +50,15 @@ def test_random_adapter_has_the_trained_ones_mean_and_covariance(
     untrained = random_adapter(adapter, patches, seed=0)(patches)
     assert trained.isfinite().all()
     assert_same_moments(untrained, trained)
+
+
+def test_random_adapter_of_a_network_keeps_the_moments_of_what_comes_out():
+    patches = correlated(500, 8)
+    adapter = MlpAdapter(8, 12).double().requires_grad_(False)
+    trained = adapter(patches)
+    untrained = random_adapter(adapter, patches, seed=0)(patches)
+    assert_same_moments(untrained, trained)
+    assert r_squared(untrained, trained).mean() < 0.5
 
 
 def test_random_adapter_says_something_else_of_each_token():

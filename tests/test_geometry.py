@@ -18,7 +18,7 @@ from torchvision.transforms import (
     ToTensor,
 )
 
-from vlm_probe.geometry import box_in_original
+from vlm_probe.vision.geometry import box_in_original
 
 
 def test_a_crop_by_hand():

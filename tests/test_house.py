@@ -29,67 +29,39 @@ HOUSE = {
         "The exact sparse codes of one autoencoder, and what they decode to.",
     ),
     "weights": (0, "Tensors are read from files that run no code."),
-    "geometry": (
-        0,
-        "Where a box of the vision model's input lies in the original picture.",
-    ),
-    "origin": (
-        0,
-        "Where the weights of a vision tower come from, and so what they were trained "
-        "with.",
-    ),
-    "towers": (
-        0,
-        "A vision tower is built from open_clip's config and filled with weights.",
-    ),
-    "sources": (
-        1,
-        "What a vision model is called becomes a config and a file of weights.",
-    ),
-    "hooked": (
-        1,
-        "A Hugging Face checkpoint becomes a hooked model with the same residual "
-        "stream.",
-    ),
-    "chat": (1, "Words become prompts, a picture among them."),
     "settings": (1, "What a probe is asked to do, and with which model."),
     "examples": (1, "Pictures and conversations on disk become examples."),
-    "vision": (2, "Images become patch tokens."),
-    "adapter": (2, "Patch tokens become input vectors of the language model."),
+    "vision": (1, "Images become patch tokens."),
+    "adapter": (1, "Patch tokens become input vectors of the language model."),
     "language": (
-        2,
+        1,
         "One frozen pass through the language model with image vectors put in.",
     ),
-    "sae_offers": (
-        0,
-        "Which autoencoders there are to be had, and which of them is meant.",
-    ),
-    "sae_formats": (1, "The formats in which sparse autoencoders are published."),
-    "saes": (2, "One sparse autoencoder per layer."),
+    "saes": (1, "One sparse autoencoder per layer."),
     "controls": (
         2,
         "What a curve must beat: image vectors that know nothing of the picture.",
     ),
-    "result": (2, "What a probe found: tables, and where they came from."),
-    "model": (3, "The four frozen parts, joined and checked."),
-    "checkpoint": (3, "A run that can be killed and goes on."),
-    "doctor": (
-        4,
+    "result": (1, "What a probe found: tables, and where they came from."),
+    "model": (2, "The four frozen parts, joined and checked."),
+    "checkpoint": (2, "A run that can be killed and goes on."),
+    "checkup": (
+        3,
         "Whether the parts of a model belong together, and what to do if not.",
     ),
-    "probe": (5, "The one road from images to a result."),
-    "analysis": (6, "What a result means."),
-    "training": (6, "Fitting the adapter while everything else stays frozen."),
+    "probe": (3, "The one road from images to a result."),
+    "analysis": (4, "What a result means."),
+    "training": (4, "Fitting the adapter while everything else stays frozen."),
     "toy": (
-        6,
+        4,
         "A world where every answer is known, and the small stack trained on it.",
     ),
     "plots": (
-        6,
+        4,
         "Figures of a result: curves over layers, with bounds and control arms.",
     ),
-    "report": (7, "One self-contained page from a result."),
-    "cli": (8, "The command line."),
+    "report": (5, "One self-contained page from a result."),
+    "cli": (6, "The command line."),
 }
 FRONT_DOOR = "__init__"
 
@@ -200,10 +172,10 @@ def test_first_sentence(unit):
 @pytest.mark.parametrize(
     ("unit", "source", "words"),
     [
-        ("sums", "from vlm_probe.probe import probe_layers", "up, probe is on floor 5"),
-        ("sums", "from vlm_probe import probe", "up, probe is on floor 5"),
-        ("sums", "import vlm_probe.probe as p", "up, probe is on floor 5"),
-        ("sums", "import os, vlm_probe.toy.world", "up, toy is on floor 6"),
+        ("sums", "from vlm_probe.probe import probe_layers", "up, probe is on floor 3"),
+        ("sums", "from vlm_probe import probe", "up, probe is on floor 3"),
+        ("sums", "import vlm_probe.probe as p", "up, probe is on floor 3"),
+        ("sums", "import os, vlm_probe.toy.world", "up, toy is on floor 4"),
         ("probe", "def f():\n    from vlm_probe.cli import main", "line 2: imports up"),
         ("probe", "if TYPE_CHECKING:\n    import vlm_probe.report", "line 2"),
         ("saes", "from vlm_probe.vision import Vision", "sideways, vision"),

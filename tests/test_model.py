@@ -17,7 +17,7 @@ from tiny import (
 )
 
 from vlm_probe.adapter import LinearAdapter
-from vlm_probe.hooked import save_hooked
+from vlm_probe.language.hooked import save_hooked
 from vlm_probe.model import load
 from vlm_probe.saes import LayerSae, load_saes
 

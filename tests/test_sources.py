@@ -12,9 +12,9 @@ from eye import CONFIG, PREPROCESS, model_config, pictures, write_folder
 from safetensors.torch import save_file
 from torch import nn
 
-from vlm_probe.origin import of_file, of_tag, published_as
-from vlm_probe.sources import find_source
 from vlm_probe.vision import VisionModel
+from vlm_probe.vision.origin import of_file, of_tag, published_as
+from vlm_probe.vision.sources import find_source
 
 OPENAI = "https://openaipublic.azureedge.net/clip/models"
 

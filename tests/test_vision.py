@@ -19,8 +19,8 @@ from eye import (
 from PIL import Image
 from tiny import D_VISION, tiny_vision
 
-from vlm_probe.towers import build_tower
 from vlm_probe.vision import VisionModel
+from vlm_probe.vision.towers import build_tower
 
 
 def residual_after(vision, block, images):

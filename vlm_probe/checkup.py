@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vlm_probe.findings import Finding, cheap_findings, some
 from vlm_probe.model import VisionLanguageModel
+from vlm_probe.model.findings import Finding, cheap_findings, some
 from vlm_probe.settings import ProbeSettings
 from vlm_probe.sums import LayerSums, bootstrap_weights
 from vlm_probe.tokens import Prompt

@@ -7,13 +7,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
+
+from vlm_probe.adapter import LinearAdapter
 
 Map = Callable[[Tensor], Tensor]
 
 
 def random_adapter(
-    adapter: Map, patches: Float[Tensor, "token d_vision"], seed: int
+    adapter: nn.Module, patches: Float[Tensor, "token d_vision"], seed: int
 ) -> Map:
     """An untrained adapter whose outputs have the trained one's mean and covariance.
 
@@ -21,15 +23,27 @@ def random_adapter(
     trained map W. With patch covariance S and a random rotation R, the outputs' are
     W S½ R (W S½ R)' = W S W', unchanged; and since W S½ R is distributed like any
     other random map of that covariance, this is a fresh untrained adapter, not a
-    disturbed trained one. Exact for linear adapters.
+    disturbed trained one. That is exact for linear adapters; of any other, the vectors
+    that come out are rotated in the same way, which keeps their mean and covariance.
 
     Args:
         adapter: The trained adapter.
-        patches: Patch tokens of some pictures; more of them than d_vision.
+        patches: Patch tokens of some pictures; more of them than d_vision, or of
+            another adapter's d_model.
         seed: Of the rotation.
     """
     generator = torch.Generator().manual_seed(seed)
-    x = patches.double().cpu()
+    if isinstance(adapter, LinearAdapter):
+        turn = _rotation(patches, generator)
+        return lambda tokens: adapter(turn(tokens))
+    with torch.no_grad():
+        turn = _rotation(adapter(patches), generator)
+    return lambda tokens: turn(adapter(tokens))
+
+
+def _rotation(x: Float[Tensor, "token d"], generator: torch.Generator) -> Map:
+    """Whitens, rotates at random and unwhitens: mean and covariance stay."""
+    x = x.double().cpu()
     mean = x.mean(0)
     variance, axes = torch.linalg.eigh(torch.cov(x.T, correction=0))
     # Directions without variance are left out: every token has the mean there.
@@ -42,12 +56,11 @@ def random_adapter(
     rotation *= triangular.diagonal().sign()  # uniform over rotations (Mezzadri 2007)
     turn = (axes / deviation) @ rotation @ (axes * deviation).T
 
-    def untrained(tokens: Tensor) -> Tensor:
+    def turned(tokens: Tensor) -> Tensor:
         centered = tokens.double() - mean.to(tokens.device)
-        turned = centered @ turn.to(tokens.device) + mean.to(tokens.device)
-        return adapter(turned.to(tokens.dtype))
+        return (centered @ turn.to(tokens.device) + mean.to(tokens.device)).to(tokens)
 
-    return untrained
+    return turned
 
 
 def noise(

@@ -23,9 +23,9 @@ from tqdm.auto import tqdm
 from vlm_probe import controls
 from vlm_probe.codes import FeatureSums, Peaks, peaks
 from vlm_probe.examples import UNREADABLE, Example, as_examples
-from vlm_probe.findings import cheap_findings
 from vlm_probe.language import Visitor
 from vlm_probe.model import VisionLanguageModel
+from vlm_probe.model.findings import cheap_findings
 from vlm_probe.result import ProbeResult
 from vlm_probe.settings import ProbeSettings
 from vlm_probe.sums import LayerSums, bootstrap_weights

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 from transformers import PreTrainedTokenizerFast
 
+from vlm_probe.language.hooked import save_hooked
 from vlm_probe.toy.fitting import fit
 from vlm_probe.toy.texts import document, make_tokenizer
 

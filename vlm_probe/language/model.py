@@ -1,4 +1,4 @@
-"""One frozen pass through the language model with image vectors put in."""
+"""A frozen language model: a pass that is visited layer by layer, and answers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vlm_probe.chat import Chat
-from vlm_probe.hooked import (
+from vlm_probe.language.chat import Chat
+from vlm_probe.language.hooked import (
     Hooked,
     is_hooked_folder,
     load_checkpoint,

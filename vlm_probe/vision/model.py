@@ -1,4 +1,4 @@
-"""Images become patch tokens."""
+"""The frozen vision transformer of an open_clip model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from vlm_probe.geometry import Box, box_in_original
-from vlm_probe.origin import Origin, activation_mismatch, computes_quick_gelu
-from vlm_probe.sources import find_source
-from vlm_probe.towers import build_tower, fill_tower, preprocess_of, write_tower
+from vlm_probe.vision.geometry import Box, box_in_original
+from vlm_probe.vision.origin import Origin, activation_mismatch, computes_quick_gelu
+from vlm_probe.vision.sources import find_source
+from vlm_probe.vision.towers import build_tower, fill_tower, preprocess_of, write_tower
 from vlm_probe.weights import floating, read_weights
 
 

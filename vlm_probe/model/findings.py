@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from vlm_probe.model import VisionLanguageModel
+from vlm_probe.model.joined import VisionLanguageModel
 
 VERDICTS = ("ok", "note", "warning", "wrong")
 
@@ -142,14 +142,16 @@ def _origin(model: VisionLanguageModel) -> Iterator[Finding]:
         yield _same_model("SAEs", name, names)
     if name := model.adapter.manifest.get("language"):
         yield _same_model("adapter", str(name), names)
-    told = model.adapter.manifest.get("vision")
-    block = model.adapter.manifest.get("vision_block")
-    if told not in (None, model.vision.name) or block not in (None, model.vision.block):
+    told, block = map(model.adapter.manifest.get, ("vision", "vision_block"))
+    vision = model.vision
+    # Every library has its own name for a tower, so another name is worth a note only.
+    same = block is None or (block - vision.block) % vision.n_blocks == 0
+    if told not in (None, vision.name) or not same:
         yield Finding(
             "adapter's vision",
-            "warning",
-            f"the adapter was trained on block {block} of {told!r}, and gets block "
-            f"{model.vision.block} of {model.vision.name!r}",
+            "note" if same else "warning",
+            f"trained on block {block} of {told!r}, used on block {vision.block} of "
+            f"{vision.name!r}" + ("" if same else "; give vision_block as trained"),
         )
 
 

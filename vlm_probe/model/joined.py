@@ -1,4 +1,4 @@
-"""The four frozen parts, joined and checked."""
+"""The four frozen parts are loaded from where they are, and joined if they fit."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import open_clip
 
-from vlm_probe.origin import Origin, of_file, of_tag, published_as, read_json
-from vlm_probe.towers import SAVED
+from vlm_probe.vision.origin import Origin, of_file, of_tag, published_as, read_json
+from vlm_probe.vision.towers import SAVED
 from vlm_probe.weights import SUFFIXES
 
 _CONFIG = "open_clip_config.json"

@@ -1,0 +1,5 @@
+"""Images become patch tokens."""
+
+from vlm_probe.vision.model import VisionModel
+
+__all__ = ["VisionModel"]
