@@ -346,7 +346,7 @@ def test_a_missing_file_is_named(tmp_path, missing, words):
     ],
 )
 def test_a_missing_tensor_is_named(tmp_path, monkeypatch, file, name, words):
-    from vlm_probe import sae_formats
+    from vlm_probe.saes import formats as sae_formats
 
     all_formats(tmp_path)
     path = tmp_path / file

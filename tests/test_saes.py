@@ -24,8 +24,8 @@ from sae_lens import SAE
 from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
 from tiny import tiny_sae
 
-from vlm_probe.sae_offers import Offer, choose, features, place, release_offers
 from vlm_probe.saes import LayerSae, load_saes
+from vlm_probe.saes.offers import Offer, choose, features, place, release_offers
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""One sparse autoencoder per layer."""
+"""A pretrained autoencoder with its layer, and how one for each layer is loaded."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from vlm_probe.codes import SparseCodes, code
-from vlm_probe.sae_formats import convert, find, quietly, read
-from vlm_probe.sae_offers import HOOK_POINTS, choose, features, place, release_offers
+from vlm_probe.saes.formats import convert, find, quietly, read
+from vlm_probe.saes.offers import choose, features, place, release_offers
+from vlm_probe.tokens import HOOK_POINTS
 from vlm_probe.weights import floating
 
 _ARCHITECTURES = (
@@ -142,7 +143,7 @@ def load_saes(
 
     Args:
         source: A folder, in which SAEs are looked for in the formats of
-            `vlm_probe.sae_formats`, or a release in the list of SAELens, such as
+            `vlm_probe.saes.formats`, or a release in the list of SAELens, such as
             `gemma-scope-2b-pt-res-canonical`.
         layers: Which are wanted; all that there are if not given.
         width: Number of features, such as 16384 or "16k", where there are several.
@@ -263,7 +264,7 @@ def _fetch(release: str, sae_id: str, device: str, dtype: str) -> SAE:
         ) from error
 
 
-# What `sae_formats` reads here too: for Llama Scope, sae-lens takes a threshold that is
+# What `formats.py` reads here too: for Llama Scope, sae-lens takes a threshold that is
 # too high; for Gemma Scope 2, it asks the hub even for what is in the cache.
 _FILES = {
     "llama_scope": ("hyperparams.json", "checkpoints/final.safetensors"),

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 
 from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
 
-HOOK_POINTS = ("resid_pre", "resid_mid", "resid_post")
-"""Places of a block's residual stream, as TransformerLens calls them."""
+from vlm_probe.tokens import HOOK_POINTS
 
 
 @dataclass(frozen=True)

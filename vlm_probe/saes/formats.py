@@ -36,7 +36,7 @@ from sae_lens import SAE
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vlm_probe.sae_offers import HOOK_POINTS, Offer, place
+from vlm_probe.saes.offers import HOOK_POINTS, Offer, place
 from vlm_probe.weights import read_weights
 
 Weights = dict[str, Tensor]
