@@ -1,5 +1,6 @@
 """The doctor: every trap that is known to spoil the numbers, and what is said of it."""
 
+import json
 from dataclasses import replace
 
 import hub
@@ -17,6 +18,7 @@ from vlm_probe.model.findings import Finding, cheap_findings
 from vlm_probe.probe import probe_layers
 from vlm_probe.saes import LayerSae
 from vlm_probe.settings import ProbeSettings
+from vlm_probe.vision import VisionModel
 
 WIDTH = 32
 TEXTS = ("the quick brown fox jumps", "a large red circle on grass", "describe it")
@@ -140,6 +142,20 @@ def test_an_sae_of_another_model_by_name(folders, trained, verdict, words):
     found = {f.check: f for f in cheap_findings(stack(language, saes=saes))}
     assert found["SAEs' model"].verdict == verdict
     assert words in found["SAEs' model"].said
+
+
+def test_weights_of_another_activation(folders, tmp_path):
+    """A tower of GELU filled with what was trained with QuickGELU."""
+    hub.write_vision(tmp_path / "ViT")
+    about = {"model_type": "clip", "vision_config": {"hidden_act": "quick_gelu"}}
+    (tmp_path / "ViT" / "config.json").write_text(json.dumps(about))
+    with pytest.warns(UserWarning, match="computes GELU"):
+        vision = VisionModel.load(tmp_path / "ViT")
+    model = replace(stack(LanguageModel.load(folders / "llama")), vision=vision)
+    found = examined(model)["vision activation"]
+    assert found.verdict == "wrong"
+    assert "computes GELU, but its weights were trained with QuickGELU" in found.said
+    assert 'set "quick_gelu": true in its model_cfg' in found.said
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
