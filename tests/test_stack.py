@@ -177,3 +177,20 @@ def test_the_doctor_from_the_command_line(parts, monkeypatch, capsys):
         main()
     said = capsys.readouterr().out
     assert "ok       soft-cap               attention scores 5, logits 3" in said
+
+
+def test_saes_of_differently_processed_weights_are_refused(parts):
+    model = vlm_probe.load(**parts, device="cpu")
+    model.saes[1].sae.cfg.metadata.model_from_pretrained_kwargs = {
+        "center_writing_weights": True,
+        "dtype": "bfloat16",
+    }
+    words = (
+        r"layers \[1\] were trained on weights processed as "
+        r"{'center_writing_weights': True}, that of layer 0 as {}; take SAEs of one"
+    )
+    with pytest.raises(ValueError, match=words):
+        vlm_probe.load(**parts | {"saes": model.saes})
+    alone = {1: model.saes[1]}
+    loaded = vlm_probe.load(**parts | {"saes": alone})
+    assert loaded.language.backend == "hooked"

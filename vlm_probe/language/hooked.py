@@ -90,7 +90,7 @@ def load_checkpoint(
         name = _hub_name(str(source))
         config = _from_pretrained(AutoConfig, name)
     if tokenizer is None:
-        tokenizer = _from_pretrained(AutoTokenizer, name)
+        tokenizer = _from_pretrained(AutoTokenizer, name)  # pyright: ignore[reportAssignmentType]
     cfg = None if backend == "bridge" else _hooked_config(config, dtype)
     if cfg is None and backend == "hooked":
         raise ValueError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vlm_probe.adapter import Adapter, load_adapter
 from vlm_probe.examples import data_folder
 from vlm_probe.language import LanguageModel
+from vlm_probe.language.hooked import PROCESSING
 from vlm_probe.saes import LayerSae, load_saes
 from vlm_probe.settings import PRESETS, Parts
 from vlm_probe.vision import VisionModel
@@ -249,15 +250,19 @@ def _joined(
 
 def _processing(saes: Mapping[int, LayerSae]) -> dict[str, bool]:
     """The weight processing that all the SAEs were trained on."""
-    asked = {name: sae.processing for name, sae in saes.items()}
-    first = next(iter(asked.values()), {})
-    if differing := [n for n, processing in asked.items() if processing != first]:
+    # Beside it, metadata may name a dtype or devices, which are ours to choose.
+    asked = {
+        layer: {name: True for name in PROCESSING if sae.processing.get(name)}
+        for layer, sae in saes.items()
+    }
+    first = next(iter(asked), None)
+    if differing := [layer for layer in asked if asked[layer] != asked[first]]:
         raise ValueError(
             f"the SAEs of layers {differing} were trained on weights processed as "
-            f"{asked[differing[0]]}, those of layer {next(iter(asked))} as {first}; "
-            "take SAEs of one release"
+            f"{asked[differing[0]]}, that of layer {first} as {asked[first]}; take SAEs "
+            "of one release"
         )
-    return first
+    return asked.get(first, {})
 
 
 def _lines(file: Path) -> tuple[str, ...]:
