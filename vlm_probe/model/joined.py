@@ -259,8 +259,8 @@ def _processing(saes: Mapping[int, LayerSae]) -> dict[str, bool]:
     if differing := [layer for layer in asked if asked[layer] != asked[first]]:
         raise ValueError(
             f"the SAEs of layers {differing} were trained on weights processed as "
-            f"{asked[differing[0]]}, that of layer {first} as {asked[first]}; take SAEs "
-            "of one release"
+            f"{asked[differing[0]]}, that of layer {first} as {asked[first]}; take "
+            "SAEs of one release"
         )
     return asked.get(first, {})
 
