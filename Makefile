@@ -26,7 +26,7 @@ demo: install  ## probe held-out toy pictures: a table, and a report in one file
 	$(BIN)/vlm-probe demo
 
 test: install  ## all tests, offline
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: install  ## format, lint and types, without the tests
 	$(BIN)/ruff format --check

@@ -14,7 +14,8 @@ import torch
 # put in place after this file is read, and misses what was imported before it.
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-torch.set_num_threads(2)
+# Two cores in all: two workers of one thread, or one process of two.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(autouse=True)
