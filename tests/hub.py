@@ -96,7 +96,14 @@ def plain_rope(theta):
     return dict(rope_type="default", rope_theta=theta)
 
 
-def config(family, vocab):
+def config(family, vocab, **changed):
+    made = _config(family, vocab)
+    for name, value in changed.items():
+        setattr(made, name, value)
+    return made
+
+
+def _config(family, vocab):
     if family == "gemma2":
         # The window is shorter than the prompts of the tests, and so does something.
         return transformers.Gemma2Config(
@@ -136,11 +143,13 @@ def config(family, vocab):
     return transformers.GPTNeoXConfig(vocab_size=vocab, rope_parameters=rope, **SHAPE)
 
 
-def write_language(folder, family, *, seed=0):
+def write_language(folder, family, *, seed=0, **changed):
     """Saves a tiny random model of the family and gives back the Hugging Face model."""
     words = tokenizer(family)
     torch.manual_seed(seed)
-    made = transformers.AutoModelForCausalLM.from_config(config(family, len(words)))
+    made = transformers.AutoModelForCausalLM.from_config(
+        config(family, len(words), **changed)
+    )
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             # Larger than at the start of training, and no norm or bias trivial, so

@@ -268,6 +268,30 @@ def test_a_damaged_or_missing_file_is_named(tmp_path):
         load_adapter(tmp_path / "mm_projector.bin")
 
 
+def test_a_manifest_or_config_that_is_no_object_is_named(tmp_path):
+    file = tmp_path / "a.safetensors"
+    linear, _ = named("")
+    for text, words in (("[1]", "holds JSON of type list"), ("{", "is damaged, or no")):
+        save_file(linear, file, metadata={"manifest": text})
+        words = re.escape(f"the manifest in {file} {words}")
+        with pytest.raises(ValueError, match=words):
+            load_adapter(file)
+    torch.save(linear, tmp_path / "mm_projector.bin")
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json holds JSON of type list; exp"):
+        load_adapter(tmp_path / "mm_projector.bin")
+
+
+def test_tensors_without_names_or_not_dense_are_refused(tmp_path):
+    file = tmp_path / "mm_projector.bin"
+    torch.save({0: WEIGHT, 1: BIAS}, file)
+    with pytest.raises(ValueError, match=r"mm_projector\.bin holds 0, 1, which are no"):
+        load_adapter(file)
+    torch.save({"weight": WEIGHT.to_sparse(), "bias": BIAS}, file)
+    with pytest.raises(ValueError, match=r"holds weight, which are not dense; expecte"):
+        load_adapter(file)
+
+
 def test_a_linear_adapter_is_asked_for_by_its_class(tmp_path):
     LinearAdapter(2, 3).save(tmp_path / "a.safetensors")
     assert LinearAdapter.load(tmp_path / "a.safetensors").d_model == 3

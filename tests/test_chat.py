@@ -64,11 +64,11 @@ def with_template(change):
     return LanguageModel(tiny_language().hooked, tokenizer, name="odd")
 
 
-def test_a_template_without_beginning_of_text_puts_the_picture_first():
+def test_without_a_beginning_the_picture_stands_before_the_users_words():
     language = with_template(lambda template: template.replace("{{ bos_token }}", ""))
     prompt = language.chat.image_prompt("what ?", 2)
-    assert words(language, prompt) == "<unk> <unk> <user> what ? <assistant>"
-    assert prompt.image == range(2)
+    assert words(language, prompt) == "<user> <unk> <unk> what ? <assistant>"
+    assert prompt.image == range(1, 3)
 
 
 def test_a_template_that_rewrites_the_past_is_refused():

@@ -11,7 +11,7 @@ from sae_lens import SAE
 from tiny import D_VISION, tiny_vision
 
 from vlm_probe.adapter import LinearAdapter
-from vlm_probe.checkup import as_table, doctor
+from vlm_probe.checkup import _judged, as_table, doctor
 from vlm_probe.language import LanguageModel
 from vlm_probe.model import VisionLanguageModel
 from vlm_probe.model.findings import Finding, cheap_findings
@@ -210,11 +210,15 @@ def test_a_missing_and_a_doubled_beginning(folders):
         assert "'<bos>', which the language model and its SAEs read once" in found.said
 
 
-def test_a_gemma_without_its_soft_cap(folders):
-    language = LanguageModel.load(folders / "gemma2")
+@pytest.mark.parametrize("backend", ["hooked", "bridge"])
+def test_a_gemma_without_its_soft_cap(folders, backend):
+    language = LanguageModel.load(folders / "gemma2", backend=backend)
     said = {f.check: f for f in cheap_findings(stack(language))}["soft-cap"]
     assert (said.verdict, said.said) == ("ok", "attention scores 5, logits 3")
-    language.hooked.cfg.output_logits_soft_cap = -1.0
+    if backend == "hooked":
+        language.hooked.cfg.output_logits_soft_cap = -1.0
+    else:
+        language.hooked.original_model.config.final_logit_softcapping = None
     found = {f.check: f for f in cheap_findings(stack(language))}["soft-cap"]
     assert found.verdict == "wrong"
     assert "a Gemma-2 without soft-caps (attention scores 5, logits -1)" in found.said
@@ -229,6 +233,42 @@ def test_activations_that_are_not_numbers(folders):
     model = stack(LanguageModel.load(folders / "llama"))
     model.adapter.linear.bias.data[0] = float("inf")
     assert examined(model)["image vectors"].verdict == "wrong"
+
+
+def test_an_sae_that_is_not_a_number(folders):
+    saes = {0: exact_sae(0), 1: exact_sae(1)}
+    saes[1].sae.b_dec.data[0] = float("nan")
+    model = stack(LanguageModel.load(folders / "llama"), saes=saes)
+    told = [f for f in doctor(model, quiet=True) if f.check == "explained by the SAEs"]
+    assert [f.verdict for f in told] == ["wrong", "ok"]
+    assert told[0].said.startswith("layers 1: nan to nan")
+
+
+def test_what_the_saes_explain_is_judged():
+    shares = {0: 0.9, 1: 0.51, 2: 0.49, 3: 0.21, 4: 0.19, 5: -3.0, 6: float("nan")}
+    assert _judged(shares) == {"wrong": [4, 5, 6], "warning": [2, 3], "ok": [0, 1]}
+
+
+def test_the_length_of_image_vectors_is_judged(folders):
+    model = stack(LanguageModel.load(folders / "llama"))
+
+    def scaled(factor):
+        model.adapter.linear.weight.data *= factor
+        model.adapter.linear.bias.data *= factor
+        return examined(model)["image vectors"]
+
+    ratio = float(scaled(1.0).said.split()[0])
+    assert scaled(1 / ratio).verdict == "ok"
+    assert scaled(9).verdict == "ok"
+    assert scaled(2).verdict == "warning"
+    assert scaled(1 / 18 / 9).verdict == "ok"
+    assert scaled(1 / 2).verdict == "warning"
+
+
+def test_a_tokenizer_with_more_words_than_the_embedding(folders):
+    language = LanguageModel.load(folders / "llama")
+    language.tokenizer.add_tokens([f"<more{n}>" for n in range(40)])
+    assert examined(stack(language))["numbers"].verdict == "ok"
 
 
 def test_an_adapter_of_another_stack(folders):

@@ -6,10 +6,12 @@ import hub
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformer_lens import HookedTransformer
 from transformer_lens.model_bridge import TransformerBridge
 
 from vlm_probe.language import LanguageModel
+from vlm_probe.language.chat import Chat
 from vlm_probe.tokens import Prompt
 
 # Names that TransformerLens, asked by path, would take for a model of its list.
@@ -205,6 +207,12 @@ def test_processed_weights_and_centered_image_vectors(tmp_path):
         rtol=0,
     )
     assert seen[raw].mean(-1).abs().max() > 0.1
+    # Rounding leaves a little of the mean, and it is seen all the same.
+    low = LanguageModel.load(
+        tmp_path / "gpt2", processing=processed.processing, dtype="bfloat16"
+    )
+    assert low.processing == processed.processing
+    assert LanguageModel.load(tmp_path / "gpt2", dtype="bfloat16").processing == {}
 
 
 def test_bfloat16(checkpoint, loaded):
@@ -248,16 +256,90 @@ def test_what_transformer_lens_cannot_convert_becomes_a_bridge(tmp_path):
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     hub.tokenizer("gemma2").save_pretrained(folder)
     assert isinstance(LanguageModel.load(folder).hooked, TransformerBridge)
-    with pytest.raises(ValueError, match=r'no HookedTransformer for Gemma3.*"bridge"'):
+    with pytest.raises(
+        ValueError, match=r'it does not know Gemma3ForCausalLM.*"bridge"'
+    ):
         LanguageModel.load(folder, backend="hooked")
     with pytest.raises(ValueError, match=r"with center_writing.*a bridge does not do"):
         LanguageModel.load(folder, processing={"center_writing_weights": True})
 
 
+@pytest.mark.parametrize(
+    ("family", "changed"),
+    [
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}),
+        ("llama", {"attention_bias": True}),
+        ("llama", {"head_dim": 16}),
+        ("gemma2", {"hidden_activation": "gelu"}),
+    ],
+)
+def test_what_transformer_lens_converts_wrongly_becomes_a_bridge(
+    tmp_path, family, changed
+):
+    """It leaves out what it does not know, and so its own answers are asked for."""
+    if "rope_parameters" in changed:
+        changed["rope_parameters"]["rope_theta"] = 1e4
+    folder = tmp_path / "model"
+    hf = hub.write_language(folder, family, **changed)
+    language = LanguageModel.load(folder)
+    assert language.backend == "bridge"
+    ids = tuple(range(10, 30))
+    logits = language.logits([Prompt(ids, range(0), frozenset())], None)
+    torch.testing.assert_close(logits, hf(torch.tensor([ids])).logits)
+    with pytest.raises(ValueError, match=r'that is .*model: .*with backend="bridge"'):
+        LanguageModel.load(folder, backend="hooked")
+
+
+def test_weights_that_are_not_all_there_are_refused(tmp_path):
+    """Hugging Face fills in random ones."""
+    folder = tmp_path / "llama"
+    hub.write_language(folder, "llama")
+    weights = load_file(folder / "model.safetensors")
+    gone = weights.pop("model.layers.1.mlp.down_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    words = r"not those of its config.json, missing keys: model.layers.1.mlp.down_proj"
+    with pytest.raises(ValueError, match=words):
+        LanguageModel.load(folder)
+    weights["model.layers.1.mlp.down_proj.weight"] = gone
+    weights["model.layers.3.mlp.down_proj.weight"] = gone.clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"unexpected keys: model.layers.3.mlp.down"):
+        LanguageModel.load(folder)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
+    hub.write_language(tmp_path / "gpt2", "gpt2")
+    for file in (tmp_path / "gpt2").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(
+        ValueError, match=r"no tokenizer in .*gpt2: what was made of it"
+    ):
+        LanguageModel.load(tmp_path / "gpt2")
+
+
+def test_without_a_bos_token_the_picture_stands_before_the_users_words(tmp_path):
+    """The first position draws attention whatever stands there."""
+    hub.write_language(tmp_path / "qwen2", "qwen2")
+    language = LanguageModel.load(tmp_path / "qwen2")
+    header = language.tokenizer("<|im_start|>user\n").input_ids
+    for prompt in (
+        language.chat.image_prompt("look", 2),
+        language.chat.text_prompt("look", "a dog"),
+    ):
+        assert list(prompt.ids[: len(header)]) == header
+    picture = language.chat.image_prompt("look", 2).image
+    assert picture == range(len(header), len(header) + 2)
+    told = language.chat.text_prompt("look", "a dog")
+    assert told.positions("text_only")[0] == len(header)
+    # In some families the marker of every turn is called the BOS token.
+    language.tokenizer.bos_token = "<|im_start|>"
+    assert Chat(language.tokenizer, "look").head == len(header)
+
+
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(
         FileNotFoundError,
-        match=r"no config for 'google/gemma-2-2b-it': it is no folder here, .*hf downl",
+        match=r"no config for 'google/gemma-2-2b-it': it is no folder here, .*hf down",
     ):
         LanguageModel.load("gemma-2-2b-it")  # TransformerLens' name for it
     with pytest.raises(ValueError, match=r"no config .*written by save_pretrained"):

@@ -228,7 +228,7 @@ def test_a_prompt_longer_than_the_context_is_refused(language):
     fits = language.chat.text_prompt("a", " ".join(["bar"] * 92))
     assert read(language, [fits], None)[0].shape == (1, 96, D_MODEL)
     longer = language.chat.text_prompt("a", " ".join(["bar"] * 93))
-    words = "a prompt of 97 tokens is longer than the language model's context of 96; s"
+    words = "a prompt of 97 tokens is longer than the 96 positions that"
     with pytest.raises(ValueError, match=words):
         read(language, [fits, longer], None)
 

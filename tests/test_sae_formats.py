@@ -365,6 +365,9 @@ def test_a_config_that_is_damaged_or_says_too_little_is_named(tmp_path):
     config.write_text(config.read_text()[:20])
     with pytest.raises(ValueError, match=r"layers\.5/cfg\.json is damaged, or no JSON"):
         load_saes(tmp_path)
+    config.write_text("[]")
+    with pytest.raises(ValueError, match=r"cfg\.json holds JSON of type list; expect"):
+        load_saes(tmp_path)
     del about["k"]
     write_json(config, about)
     words = r"cfg\.json does not say all that an SAE of sparsify needs: KeyError\('k'\)"
@@ -504,6 +507,38 @@ def test_beside_others_those_of_the_residual_stream_are_found(tmp_path):
         write_sparsify(tmp_path / f"layers.{layer}.mlp", weights())
     write_gemma_scope(tmp_path / "embedding" / "width_4k" / "average_l0_6", weights())
     assert list(load_saes(tmp_path)) == [0, 1]
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "gpt_neox.embed_in", "wte"])
+def test_an_sae_of_the_embedding_is_left_out(tmp_path, name):
+    write_sparsify(tmp_path / name, weights())
+    with pytest.raises(ValueError, match=r"has no SAE of a residual stream .*emb|wte"):
+        load_saes(tmp_path)
+    write_sparsify(tmp_path / "layers.2", weights())
+    write_saelens(tmp_path / "e", weights(), hook_name="hook_embed")
+    assert list(load_saes(tmp_path)) == [2]
+
+
+def test_the_folder_that_was_given_tells_the_layer_where_no_other_does(tmp_path):
+    folder = tmp_path / "layer_1"
+    write_gemma_scope(folder / "width_16k" / "average_l0_71", weights())
+    assert list(load_saes(folder)) == [1]
+    # What is nearer is surer: the folder's name may count the layers in it.
+    write_gemma_scope(tmp_path / "layers_26" / "layer_5", weights())
+    hook = "blocks.6.hook_resid_post"
+    write_saelens(tmp_path / "layers_26" / "a", weights(), hook_name=hook)
+    assert list(load_saes(tmp_path / "layers_26")) == [5, 6]
+
+
+def test_llama_scope_says_whether_its_threshold_counts_the_decoders_norm(tmp_path):
+    write_llama_scope(tmp_path, weights(), "blocks.3.hook_resid_post")
+    file = tmp_path / "hyperparams.json"
+    about = json.loads(file.read_text())
+    del about["sparsity_include_decoder_norm"]
+    write_json(file, about)
+    words = r"hyperparams\.json does not say all .*'sparsity_include_decoder_norm'"
+    with pytest.raises(ValueError, match=words):
+        load_saes(tmp_path)
 
 
 def test_the_layer_is_told_by_the_folder_or_the_config(tmp_path):

@@ -26,6 +26,7 @@ from tiny import tiny_sae
 
 from vlm_probe.saes import LayerSae, load_saes
 from vlm_probe.saes.offers import Offer, choose, features, place, release_offers
+from vlm_probe.tokens import ranges
 
 
 @pytest.mark.parametrize(
@@ -271,18 +272,20 @@ def test_in_every_release_each_id_has_its_layer_and_place():
             {},
             r"release 'gemma-scope-2b-pt-res-canonical' has 2 SAEs for layer 0: "
             r"layer_0/width_16k/canonical \(16384 features, L0 105\), "
-            r"layer_0/width_65k/canonical \(65536 features, .*\); choose with width=$",
+            r"layer_0/width_65k/canonical \(65536 features, .*\); choose with width= "
+            r"\(in vlm_probe\.load sae_width=, on the command line --sae-width\)$",
         ),
         (
             "gemma-scope-2b-pt-res",
             {"width": 16384},
             r"has 5 SAEs for layer 0: layer_0/width_16k/average_l0_105 .*; choose with "
-            r"l0=$",
+            r"l0= \(in vlm_probe\.load sae_l0=, on the command line --sae-l0\)$",
         ),
         (
             "gemma-scope-2b-pt-res",
             {"l0": 70.0},
-            r"; choose with width= and l0=$",
+            r"; choose with width= and l0= \(in vlm_probe\.load sae_width= and "
+            r"sae_l0=, on the command line --sae-width and --sae-l0\)$",
         ),
         (
             "gemma-scope-2b-pt-res-canonical",
@@ -363,6 +366,11 @@ def test_unknown_l0_and_width_are_no_hindrance_where_there_is_no_choice():
     assert [offer.name for offer in found] == ["a", "b"]
 
 
+def test_whole_numbers_as_ranges():
+    assert ranges([7, 0, 1, 2, 3, 3]) == "0-3, 7"
+    assert (ranges([]), ranges([5]), ranges({1, 2})) == ("", "5", "1-2")
+
+
 # Folders
 
 
@@ -379,9 +387,9 @@ def test_a_folder_is_chosen_from_like_a_release(tmp_path):
     assert found[0].name == name
     assert torch.equal(found[0].sae.W_dec.data, weights(71)["W_dec"])
     assert load_saes(tmp_path, width=64, layers=[1])[1].n_features == 64
-    with pytest.raises(ValueError, match=r"4 SAEs for layer 0: .* width= and l0=$"):
+    with pytest.raises(ValueError, match=r"4 SAEs for layer 0: .* width= and l0= \("):
         load_saes(tmp_path)
-    with pytest.raises(ValueError, match=r"3 SAEs for layer 0: .*; choose with l0=$"):
+    with pytest.raises(ValueError, match=r"3 SAEs for layer 0: .*; choose with l0= \("):
         load_saes(tmp_path, width="32")
     with pytest.raises(
         ValueError, match=r"no SAE of 16384 features for layers 0-1, it"

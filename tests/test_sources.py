@@ -103,9 +103,17 @@ def test_weights_of_the_vision_tower_alone_are_enough(tmp_path, registry):
         ("ViT-e-14:x.pt", "for 'ViT-e-14': expected 'ViT-e-14:TAG' or 'ViT-e-14:FILE'"),
         (
             "local-dir:/no/such",
-            "no vision model in /no/such: expected open_clip_config",
+            "no vision model in /no/such: there is no such folder",
         ),
-        ("/no/such", "no vision model '/no/such': there is no such folder, and open"),
+        *(
+            (source, f"no vision model '{source}': there is no such folder or file; ex")
+            for source in ("/no/such", "./ViT-L-14", "~/eye.pt", "laion/CLIP-ViT-L-14")
+        ),
+        ("ViT-L/15:openai", "open_clip has no model 'ViT-L/15'; the nearest are 'ViT"),
+        (
+            "ViT-L-15:/no/such/w.pt",
+            "open_clip has no model 'ViT-L-15'; the nearest are 'ViT-L-1",
+        ),
     ],
 )
 def test_what_is_not_there_is_named_with_the_nearest(source, words):
@@ -367,7 +375,8 @@ def test_a_folder_with_nothing_or_too_much_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{not json", r"open_clip_config\.json is no JSON: Expecting property name"),
+        ("{not json", r"open_clip_config\.json is damaged, or no JSON: Expecting pr"),
+        ("[]", r"open_clip_config\.json holds JSON of type list; expected an object"),
         ("{}", "the config of eye has no model_cfg with embed_dim and vision_cfg"),
         (
             json.dumps({"model_cfg": model_config(no_such_entry=1)}),
@@ -386,6 +395,30 @@ def test_a_config_that_cannot_be_built_is_refused(tmp_path, text, words):
     (folder / "open_clip_config.json").write_text(text)
     with pytest.raises(ValueError, match=words):
         VisionModel.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{}", r"vision\.json does not say all that VisionModel\.save writes: KeyErr"),
+        ("[]", r"vision\.json holds JSON of type list; expected an object"),
+        (
+            json.dumps({"name": "eye", "block": 1, "origin": [True]}),
+            r"vision\.json does not say all that VisionModel\.save writes: TypeError",
+        ),
+    ],
+)
+def test_a_saved_model_that_says_too_little_is_refused(tmp_path, text, words):
+    (tmp_path / "vision.json").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        VisionModel.load(tmp_path)
+
+
+def test_a_config_beside_the_weights_that_is_no_object_is_named(tmp_path):
+    file = weights_file(tmp_path / "w.bin")
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"config\.json holds JSON of type list"):
+        of_file(file, None)
 
 
 def test_truncated_weights_are_refused(tmp_path):

@@ -1,5 +1,7 @@
 """A whole stack in the files that researchers have, by command line and Python."""
 
+import json
+import shutil
 import sys
 
 import formats
@@ -10,6 +12,7 @@ import torch
 
 import vlm_probe
 from vlm_probe.cli import main
+from vlm_probe.examples import data_folder
 from vlm_probe.result import ProbeResult
 
 WIDTH, FEATURES, LAYERS = 32, 96, 3
@@ -108,6 +111,7 @@ def test_a_model_is_saved_whole_and_loaded_again(parts, pictures, tmp_path):
     assert (again.name, again.vision.block) == (model.name, -2)
     assert again.language.chat.default_prompt == "Look."
     assert again.reference_texts == model.reference_texts
+    assert again.language.name == "tiny-gemma-2"
     assert [sae.model_name for sae in again.saes.values()] == [
         sae.model_name for sae in model.saes.values()
     ]
@@ -138,6 +142,9 @@ def test_parts_in_memory_are_taken_as_they_are(parts):
     )
     again = vlm_probe.load(**held)
     assert all(getattr(again, name) is part for name, part in held.items())
+    words = "vision_block given, but vision is an object, which is taken as it is"
+    with pytest.raises(ValueError, match=words):
+        vlm_probe.load(**held, vision_block=0)
     mixed = vlm_probe.load(**parts | {"language": model.language}, sae_layers=[1])
     assert mixed.language is model.language
     assert list(mixed.saes) == [1]
@@ -158,6 +165,35 @@ def test_what_is_missing_or_unknown_is_named(parts, tmp_path):
         vlm_probe.load(sae="x")
     with pytest.raises(FileNotFoundError, match=r'or one of "toy", "paper"'):
         vlm_probe.load(tmp_path)
+
+
+def test_what_a_folder_says_is_checked(toy, tmp_path):
+    shutil.copytree(data_folder() / "toy", tmp_path / "toy")
+    described = tmp_path / "toy" / "model.json"
+    about = json.loads(described.read_text())
+    described.write_text(json.dumps(about | {"sae_leyers": [1]}))
+    with pytest.raises(
+        ValueError, match=r"model.json says sae_leyers, which is no part"
+    ):
+        vlm_probe.load(tmp_path / "toy")
+    described.write_text(json.dumps(about)[:-5])
+    with pytest.raises(ValueError, match=r"model\.json"):
+        vlm_probe.load(tmp_path / "toy")
+
+
+@pytest.mark.parametrize("device", ["gpu0", "cuda:99"])
+def test_a_device_that_is_not_there_is_named(parts, device):
+    with pytest.raises(ValueError, match=f"'{device}' is not to be had; .* has cpu"):
+        vlm_probe.load(**parts, device=device)
+
+
+def test_options_are_checked_before_anything_is_loaded():
+    with pytest.raises(ValueError, match="unknown dtype 'int8'; valid: float32"):
+        vlm_probe.load("toy", dtype="int8")
+    with pytest.raises(ValueError, match="unknown backend 'tl'; valid: auto, hooked"):
+        vlm_probe.load("toy", backend="tl")
+    with pytest.raises(ValueError, match="unknown hook_point 'mlp'; valid: resid_pre"):
+        vlm_probe.load("toy", hook_point="mlp")
 
 
 def test_widths_that_do_not_fit_are_named(parts, tmp_path):

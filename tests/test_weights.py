@@ -1,5 +1,6 @@
 """Files of weights: what is read, and what is refused in which words."""
 
+import json
 import os
 import pickle
 import re
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vlm_probe.weights import floating, read_weights
+from vlm_probe.weights import floating, json_object, read_json, read_weights
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.ones(2)}
 
@@ -62,6 +63,37 @@ def test_a_pickle_that_wants_code_is_refused_and_does_not_run(
         raised.value
     )
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("saved", ["plain", "torch", "torch, old"])
+def test_whatever_its_protocol_a_pickle_that_wants_code_is_refused(
+    tmp_path, monkeypatch, protocol, saved
+):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "w.pt"
+    state = {"x": Wanting(), **STATE, "y": Wanting()}
+    if saved == "plain":
+        file.write_bytes(pickle.dumps({"x": Wanting()}, protocol=protocol))
+    else:
+        zipped = saved == "torch"
+        how = {"_use_new_zipfile_serialization": zipped, "pickle_protocol": protocol}
+        torch.save(state, file, **how)
+    words = r"w\.pt is refused: .* wants to call ([\w.]+, )*(posix|nt)\.system"
+    with pytest.raises(ValueError, match=words):
+        read_weights(file)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("suffix", ["pt", "pth"])
+@pytest.mark.parametrize(
+    "held", [b"abc", b"s..", b"h\x00.", b"M\x00", b"<html>", b"\n"]
+)
+def test_a_few_bytes_that_are_no_pickle_are_refused(tmp_path, suffix, held):
+    file = tmp_path / f"w.{suffix}"
+    file.write_bytes(held)
+    with pytest.raises(ValueError, match=rf"w\.{suffix} is no file that torch\.save w"):
+        read_weights(file)
 
 
 def test_a_whole_module_is_refused(tmp_path):
@@ -128,6 +160,8 @@ def test_what_is_no_state_dict_is_refused(tmp_path):
     for given, words in (
         (torch.ones(2), "holds Tensor; expected tensors by name"),
         ({}, "holds dict; expected tensors by name"),
+        ({0: torch.ones(2), 1: torch.ones(2)}, "holds 0, 1, which are no names; exp"),
+        ({"a": torch.eye(2).to_sparse()}, "holds a, which are not dense; expected den"),
         (
             {**STATE, "steps": 3, "model": STATE},
             "holds steps, model, which are no tens",
@@ -152,6 +186,28 @@ def test_a_missing_file_is_named_with_its_neighbors(tmp_path):
         read_weights(tmp_path / "no" / "w.pt")
     with pytest.raises(FileNotFoundError, match=r"holds other\.pth"):
         read_weights(tmp_path)  # the folder instead of a file
+
+
+def test_a_config_is_an_object(tmp_path):
+    file = tmp_path / "config.json"
+    whole = json.dumps({"name": "naïve", "sizes": [1, 2]}, ensure_ascii=False)
+    file.write_text(whole, encoding="utf-8")
+    assert read_json(file) == json.loads(whole)
+    for text, words in (
+        (whole[:-5], "is damaged, or no JSON: Expecting"),
+        ("", "is damaged, or no JSON: Expecting value"),
+        ("[]", "holds JSON of type list; expected an object, {...}"),
+        ("3", "holds JSON of type int; expected an object, {...}"),
+        ("null", "holds JSON of type NoneType; expected an object, {...}"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=re.escape(f"{file} {words}")):
+            read_json(file)
+        with pytest.raises(ValueError, match=re.escape(f"the manifest {words}")):
+            json_object(text, "the manifest")
+    file.write_bytes(b"\xff\xff{}")
+    with pytest.raises(ValueError, match="is damaged, or no JSON: "):
+        read_json(file)
 
 
 def test_dtypes_by_name():

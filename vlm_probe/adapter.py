@@ -13,7 +13,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vlm_probe.weights import beside, floating, read_weights
+from vlm_probe.weights import beside, floating, json_object, read_json, read_weights
 
 
 class Adapter(nn.Module):
@@ -153,7 +153,9 @@ def load_adapter(
     if not file.is_file():
         raise FileNotFoundError(f"no adapter at {file}{beside(file)}")
     state, metadata = read_weights(file)
-    manifest = json.loads(metadata.get("manifest", "{}")) or _llava_manifest(file)
+    manifest = json_object(
+        metadata.get("manifest", "{}"), f"the manifest in {file}"
+    ) or _llava_manifest(file)
     state = _bare(_projector(state, file))
     for layers in _LAYOUTS:
         if set(state) == {f"{layer}{end}" for layer in layers for end in _ENDS}:
@@ -212,7 +214,7 @@ def _bare(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _llava_manifest(file: Path) -> dict:
     """What LLaVA's config beside a projector says of it."""
     config = file.parent / "config.json"
-    about = json.loads(config.read_text()) if config.is_file() else {}
+    about = read_json(config) if config.is_file() else {}
     if "mm_vision_tower" not in about:
         return {}
     found = {"vision": about["mm_vision_tower"], "language": about.get("_name_or_path")}

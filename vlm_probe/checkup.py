@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import textwrap
 from collections.abc import Iterator, Sequence
 
@@ -10,11 +11,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vlm_probe.model import VisionLanguageModel
-from vlm_probe.model.findings import Finding, cheap_findings, some
+from vlm_probe.model import Finding, VisionLanguageModel, cheap_findings
 from vlm_probe.settings import ProbeSettings
 from vlm_probe.sums import LayerSums, bootstrap_weights
-from vlm_probe.tokens import Prompt
+from vlm_probe.tokens import Prompt, ranges
 
 
 def doctor(
@@ -69,7 +69,7 @@ def _embedding_scale(model: VisionLanguageModel) -> Iterator[Finding]:
     the architecture sets: sqrt(d_model) for Gemma, else 1.
     """
     language = model.language
-    ids = list(range(0, len(language.tokenizer), max(1, len(language.tokenizer) // 64)))
+    ids = list(range(0, language.n_words, max(1, language.n_words // 64)))
     with torch.no_grad():
         words = language.embed(ids).float()
         read = language.hooked.W_U[:, ids].T.float()
@@ -81,9 +81,8 @@ def _embedding_scale(model: VisionLanguageModel) -> Iterator[Finding]:
         yield Finding("embedding scale", "note", said)
         return
     ratio = float((words.norm(dim=1) / read.norm(dim=1)).median())
-    kind = str(getattr(language.hooked.cfg, "original_architecture", "") or "")
-    kind = kind or str(getattr(language.hooked.cfg, "architecture", "") or "")
-    scale = language.d_model**0.5 if kind.startswith("Gemma") else 1.0
+    gemma = language.architecture.startswith("Gemma")
+    scale = language.d_model**0.5 if gemma else 1.0
     if abs(ratio / scale - 1) < 0.05:
         yield Finding("embedding scale", "ok", f"{ratio:.4g}, as the architecture's")
         return
@@ -113,7 +112,7 @@ def _image_vectors(model: VisionLanguageModel) -> Iterator[Finding]:
             "the vision model's dtype",
         )
         return
-    words = model.language.embed(range(min(512, len(model.language.tokenizer))))
+    words = model.language.embed(range(min(512, model.language.n_words)))
     length = float(words.float().norm(dim=1).median())
     ratio = float(vectors.norm(dim=1).median()) / length
     yield Finding(
@@ -191,7 +190,7 @@ def _explained(model: VisionLanguageModel, texts: Sequence[str]) -> Iterator[Fin
     yield Finding(
         "numbers",
         "wrong" if broken else "ok",
-        f"activations of layers {some(broken)} are not numbers; try dtype float32"
+        f"activations of layers {ranges(broken)} are not numbers; try dtype float32"
         if broken
         else "all activations are finite",
     )
@@ -202,9 +201,14 @@ def _explained(model: VisionLanguageModel, texts: Sequence[str]) -> Iterator[Fin
 
 def _judged(explained: dict[int, float]) -> dict[str, list[int]]:
     """Layers by how their SAE does; the mean alone explains 0, published SAEs > 0.6."""
-    bounds = {"wrong": (-float("inf"), 0.2), "warning": (0.2, 0.5), "ok": (0.5, 2.0)}
+    bounds = {"wrong": (-math.inf, 0.2), "warning": (0.2, 0.5), "ok": (0.5, 2.0)}
     return {
-        verdict: [n for n, share in explained.items() if low <= share < high]
+        # What is not a number is as wrong as can be.
+        verdict: [
+            layer
+            for layer, share in explained.items()
+            if low <= (share if math.isfinite(share) else -math.inf) < high
+        ]
         for verdict, (low, high) in bounds.items()
     }
 
@@ -213,7 +217,7 @@ def _said_of(
     verdict: str, explained: dict[int, float], model: VisionLanguageModel
 ) -> Finding:
     low, high = min(explained.values()), max(explained.values())
-    which = some(explained)
+    which = ranges(explained)
     said = f"layers {which}: {low:.2f} to {high:.2f} of plain sentences' variance"
     if verdict != "ok":
         said += (

@@ -181,8 +181,7 @@ def _load(model: str | None, parts: Parts) -> VisionLanguageModel:
     from vlm_probe.model import load
 
     given = {f.name: getattr(parts, f.name) for f in fields(Parts)}
-    said = {f.name: f.default for f in fields(Parts)}
-    return load(model, **{n: v for n, v in given.items() if v != said[n]})
+    return load(model, **{n: part for n, part in given.items() if part is not None})
 
 
 def _finish(result: ProbeResult, out: Path) -> None:

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_probe.tokens import CONTROLS, GROUPS, check_names
+from vlm_probe.tokens import BACKENDS, CONTROLS, GROUPS, HOOK_POINTS, check_names
 
 CONVENTIONS = ("pooled", "paper")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @dataclass(frozen=True)
@@ -96,19 +97,29 @@ class Parts:
     vision_block: int | None = None
     """After which block patch tokens are taken: -1 the last, -2 the one before, as
     LLaVA does; what the adapter's file says if not given, else the last."""
-    default_prompt: str = "Describe the picture."
-    """What is asked of a picture that comes without a prompt."""
-    backend: str = "auto"
+    default_prompt: str | None = None
+    """What is asked of a picture that comes without a prompt; "Describe the picture."
+    if not given."""
+    backend: str | None = None
     """How the language model is run: hooked (HookedTransformer), bridge
-    (TransformerBridge), auto (the first where TransformerLens can)."""
+    (TransformerBridge), auto (the first where that computes the same); auto if not
+    given."""
     device: str | None = None
     """Where everything is computed; a GPU if there is one."""
-    dtype: str = "float32"
-    """Of the language model: float32 or bfloat16. Everything else is float32."""
+    dtype: str | None = None
+    """Of the language model: float32, bfloat16 or float16; float32 if not given.
+    Everything else is float32."""
     name: str | None = None
     """For tables; the language model's if not given."""
 
     def __post_init__(self) -> None:
+        for name, valid in (
+            ("backend", BACKENDS),
+            ("dtype", DTYPES),
+            ("hook_point", HOOK_POINTS),
+        ):
+            if (given := getattr(self, name)) is not None:
+                check_names(name, [given], valid)
         if self.sae_layers is not None:
             layers = tuple(int(layer) for layer in self.sae_layers)
             object.__setattr__(self, "sae_layers", layers)

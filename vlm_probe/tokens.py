@@ -15,7 +15,7 @@ Axes, each with one word, in every signature of the package:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 GROUPS = ("image", "text_after_image", "text_only")
@@ -26,6 +26,10 @@ CONTROLS = ("random_adapter", "noise", "shuffled_images")
 """Control arms: the curve of vectors that know nothing of the picture."""
 
 CONDITIONS = ("model", *CONTROLS)
+
+BACKENDS = ("auto", "hooked", "bridge")
+"""How a language model is run: a HookedTransformer, a TransformerBridge, or the first
+where it computes the same."""
 
 HOOK_POINTS = ("resid_pre", "resid_mid", "resid_post")
 """Where a block's residual stream is read: before it, between attention and MLP, and
@@ -76,6 +80,17 @@ class Prompt:
             for position in range(first, len(self.ids))
             if include_special or self.ids[position] not in self.special
         ]
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Whole numbers as ranges: `0-3, 7` for 7, 0, 1, 2, 3."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def check_names(what: str, given: Sequence[str], valid: Sequence[str]) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 import pickle
+import pickletools
 import re
+import struct
 import warnings
 import zipfile
 from pathlib import Path
@@ -15,6 +19,16 @@ from torch import Tensor
 
 SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 """How files of weights are named."""
+_DAMAGED = (
+    AttributeError,
+    EOFError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
+"""What `torch.load` stumbles into where a file is not what it takes it for."""
 _INSIDE = ("state_dict", "model_state_dict")
 """Under which name a training checkpoint keeps the weights."""
 
@@ -56,6 +70,33 @@ def read_weights(
             )  # TorchScript is on its way out
             return torch.jit.load(file, map_location="cpu").state_dict(), {}
     return _tensors(file, _unpickle(file)), {}
+
+
+def read_json(file: Path) -> dict:
+    """Reads a config.
+
+    Raises:
+        ValueError: It is damaged, no JSON, or JSON of another kind than an object.
+    """
+    return json_object(file.read_bytes(), str(file))
+
+
+def json_object(text: str | bytes, where: str) -> dict:
+    """What JSON says, which stands at a place that messages name.
+
+    Raises:
+        ValueError: It is damaged, no JSON, or JSON of another kind than an object.
+    """
+    try:
+        found = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where} is damaged, or no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{where} holds JSON of type {type(found).__name__}; expected an object, "
+            "{...}"
+        )
+    return found
 
 
 def beside(file: Path) -> str:
@@ -105,15 +146,17 @@ def _unpickle(file: Path) -> object:
             # Of pickle protocols and TorchScript: said below if it comes to nothing.
             warnings.simplefilter("ignore", UserWarning)
             return torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except (*_DAMAGED, pickle.UnpicklingError) as error:
         raise ValueError(f"{file} {_why_not(file, str(error))}") from error
 
 
 def _why_not(file: Path, error: str) -> str:
     """Why `torch.load` would not read a file, and what can be done."""
     wanted = re.findall(r"GLOBAL ([\w.]+)", error)
-    with contextlib.suppress(ValueError, RuntimeError):  # no zip, or a broken one
+    # No zip, a broken one, or a pickle newer than torch reads.
+    with contextlib.suppress(ValueError, RuntimeError, pickle.UnpicklingError):
         wanted = torch.serialization.get_unsafe_globals_in_checkpoint(str(file))
+    wanted = wanted or _called(file)
     if wanted:
         return (
             "is refused: it is a pickle that on being read wants to call "
@@ -134,6 +177,43 @@ def _why_not(file: Path, error: str) -> str:
     )
 
 
+def _called(file: Path) -> set[str]:
+    """What a pickle of protocol 4 or later calls, of which torch reads none.
+
+    There a name is put together from two strings, which may stand further up.
+    """
+    found = set()
+    # Of what is no pickle, or ends too early.
+    with contextlib.suppress(ValueError, zipfile.BadZipFile), file.open("rb") as plain:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as zipped:
+                for name in zipped.namelist():
+                    if name.endswith("/data.pkl"):
+                        found |= _globals(io.BytesIO(zipped.read(name)))
+            return found
+        # Before what it saves, torch's old format has three pickles of its own.
+        for _ in range(4):
+            found |= _globals(plain)
+    return found
+
+
+def _globals(opened: io.BufferedIOBase) -> set[str]:
+    """Of one pickle, read without running it."""
+    strings: list[str] = ["?", "?"]
+    memo: dict[object, str] = {}
+    found = set()
+    for code, said, _ in pickletools.genops(opened):
+        if code.name == "STACK_GLOBAL":
+            found.add(".".join(strings[-2:]))
+        elif code.name == "MEMOIZE":
+            memo[len(memo)] = strings[-1]
+        elif code.name in ("BINGET", "LONG_BINGET"):
+            strings.append(memo.get(said, "?"))
+        elif isinstance(said, str):
+            strings.append(said)
+    return found
+
+
 def _tensors(file: Path, loaded: object) -> dict[str, Tensor]:
     if isinstance(loaded, dict):
         for name in _INSIDE:
@@ -143,10 +223,16 @@ def _tensors(file: Path, loaded: object) -> dict[str, Tensor]:
             f"{file} holds {type(loaded).__name__}; expected tensors by name, as "
             "torch.save(module.state_dict(), file) writes them"
         )
-    other = [str(k) for k, v in loaded.items() if not isinstance(v, Tensor)]
-    if other:
-        raise ValueError(
-            f"{file} holds {', '.join(other[:5])}, which are no tensors; expected "
-            "tensors by name, as torch.save(module.state_dict(), file) writes them"
-        )
+    tensors = {k: v for k, v in loaded.items() if isinstance(v, Tensor)}
+    for what, other in (
+        ("no tensors", [k for k in loaded if k not in tensors]),
+        ("no names", [k for k in loaded if not isinstance(k, str)]),
+        ("not dense", [k for k, v in tensors.items() if v.layout != torch.strided]),
+    ):
+        if other:
+            raise ValueError(
+                f"{file} holds {', '.join(map(str, other[:5]))}, which are {what}; "
+                "expected dense tensors by name, as torch.save(module.state_dict(), "
+                "file) writes them"
+            )
     return loaded

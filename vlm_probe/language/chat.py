@@ -8,6 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from vlm_probe.tokens import Prompt
 
+DEFAULT_PROMPT = "Describe the picture."
+"""What is asked of a picture that comes without a prompt."""
+
 _PLAIN = (
     "{{ bos_token }}{% for message in messages %}{{ message.content }}"
     "{{ eos_token if message.role == 'assistant' else '\n' }}{% endfor %}"
@@ -33,6 +36,7 @@ class Chat:
         # Stands where vectors go; never the padding's id, which could be masked.
         candidates = (tokenizer.unk_token_id, tokenizer.eos_token_id, 0, 1)
         self.placeholder = next(i for i in candidates if i not in (None, self.pad))
+        self.head = self._before_the_picture()
 
     def image_prompt(self, text: str | None, n_patches: int) -> Prompt:
         """The prompt of a picture: beginning of text, image vectors, the user's turn.
@@ -45,9 +49,13 @@ class Chat:
 
     def text_prompt(self, text: str | None, instead: str) -> Prompt:
         """The same prompt with words in the picture's place."""
-        start, turn = self._split(self._chat([(text, None)]))
+        ids = self._chat([(text, None)])
         words = self.tokenizer(instead, add_special_tokens=False).input_ids
-        return Prompt(start + tuple(words) + turn, range(0), self.special)
+        return Prompt(
+            ids[: self.head] + tuple(words) + ids[self.head :],
+            range(self.head, self.head),
+            self.special,
+        )
 
     def conversation(
         self, turns: Sequence[tuple[str | None, str]], n_patches: int
@@ -79,6 +87,21 @@ class Chat:
             said += range(len(asked) + n_patches, len(answered) + n_patches)
         return self._with_picture(whole, n_patches), said
 
+    def _before_the_picture(self) -> int:
+        """How many tokens come before the picture.
+
+        The BOS token, as in the paper. Where prompts do not begin with one, what comes
+        before the user's words: the first position draws attention whatever stands
+        there, with norms that no other has, and is none for a picture.
+        """
+        ids = self._chat([("a", None)])
+        bos = self.tokenizer.bos_token_id
+        # Where every turn begins with it, it is a marker and no beginning.
+        if ids[:1] == (bos,) and ids.count(bos) == 1:
+            return 1
+        pair = zip(ids, self._chat([("b", None)]), strict=False)
+        return next((n for n, (a, b) in enumerate(pair) if a != b), 0)
+
     def _chat(self, turns: Sequence[tuple[str | None, str | None]]) -> tuple[int, ...]:
         """Ids of a conversation; an answer of None is still to be given."""
         messages = []
@@ -96,16 +119,10 @@ class Chat:
         )
         return tuple(ids)
 
-    def _split(self, ids: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The beginning-of-text token, if there is one, and the rest."""
-        begins = int(bool(ids) and ids[0] == self.tokenizer.bos_token_id)
-        return ids[:begins], ids[begins:]
-
     def _with_picture(self, ids: tuple[int, ...], n_patches: int) -> Prompt:
-        start, rest = self._split(ids)
         filler = (self.placeholder,) * n_patches
-        image = range(len(start), len(start) + n_patches)
-        return Prompt(start + filler + rest, image, self.special)
+        image = range(self.head, self.head + n_patches)
+        return Prompt(ids[: self.head] + filler + ids[self.head :], image, self.special)
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

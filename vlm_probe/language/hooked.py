@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,14 +31,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from vlm_probe.tokens import check_names
-from vlm_probe.weights import read_weights
+from vlm_probe.tokens import BACKENDS, check_names
+from vlm_probe.weights import read_json, read_weights
 
 Hooked = HookedTransformer | TransformerBridge
-
-BACKENDS = ("auto", "hooked", "bridge")
-"""`hooked` a HookedTransformer, `bridge` a TransformerBridge; `auto` the first where
-TransformerLens can convert the architecture, else the second."""
 
 PROCESSING = (
     "fold_ln",
@@ -70,8 +68,10 @@ def load_checkpoint(
 
     Args:
         source: For instance "google/gemma-2-2b-it", TransformerLens' "gemma-2-2b-it",
-            a folder written by `save_pretrained`, or a `PreTrainedModel`.
-        backend: One of `BACKENDS`.
+            a folder written by `save_pretrained`, or a `PreTrainedModel`, around whose
+            own parts a bridge puts its hooks.
+        backend: "hooked", a HookedTransformer; "bridge", a TransformerBridge; "auto",
+            the first where it gives the checkpoint's own answers, else the second.
         processing: Which of `PROCESSING` is done to the weights; nothing if None.
         device: Where the model goes.
         dtype: Of its weights.
@@ -87,45 +87,38 @@ def load_checkpoint(
     if isinstance(source, PreTrainedModel):
         config, name = source.config, source.config.name_or_path
     else:
-        name = _hub_name(str(source))
+        source = name = _hub_name(str(source))
         config = _from_pretrained(AutoConfig, name)
-    if tokenizer is None:
-        tokenizer = _from_pretrained(AutoTokenizer, name)  # pyright: ignore[reportAssignmentType]
-    cfg = None if backend == "bridge" else _hooked_config(config, dtype)
-    if cfg is None and backend == "hooked":
-        raise ValueError(
-            f"TransformerLens has no HookedTransformer for {_architecture(config)} "
-            f'({name}); load it with backend="bridge"'
-        )
-    if cfg is None and wanted:
+    tokenizer = tokenizer or _tokenizer(name)
+    if backend != "bridge":
+        try:
+            hooked = _convert(source, config, dtype, wanted)
+            return hooked.to(device, print_details=False), tokenizer
+        except _NotConverted as reason:
+            if backend == "hooked":
+                raise ValueError(
+                    f"TransformerLens has no HookedTransformer that is {name}: "
+                    f'{reason}; load it with backend="bridge"'
+                ) from reason
+    if wanted:
         raise ValueError(
             f"the SAEs were trained on weights with {', '.join(sorted(wanted))}, which "
-            f'a bridge does not do; load {name} with backend="hooked"'
+            f"a bridge does not do, and a HookedTransformer is not to be had of {name}"
+            if backend == "auto"
+            else f"the SAEs were trained on weights with {', '.join(sorted(wanted))}, "
+            f'which a bridge does not do; load {name} with backend="hooked"'
         )
-    model = source
-    if not isinstance(model, PreTrainedModel):
-        # Attention that is not eager differs from the bridge's own by 1e-3.
-        model = _from_pretrained(
-            AutoModelForCausalLM, name, dtype=dtype, attn_implementation="eager"
-        )
-    model = model.eval().requires_grad_(False)
-    if cfg is None:
-        bridge = TransformerBridge.boot_transformers(
-            name,
-            hf_model=model.to(device, dtype),
-            # A copy, for the bridge gives one without beginning-of-text token another.
-            tokenizer=copy.deepcopy(tokenizer),
-            device=device,
-            dtype=dtype,
-        )
-        return bridge, tokenizer
-    weights = _weights(model, cfg)
-    if "fold_ln" in wanted and cfg.normalization_type in ("LN", "RMS"):
-        cfg.normalization_type += "Pre"
-    if model is not source:
-        del model  # so that its memory is free as soon as its weights are converted
-    hooked = _filled(HookedTransformer(cfg, move_to_device=False), weights, wanted)
-    return hooked.to(device, print_details=False), tokenizer
+    # A copy, for the bridge gives a tokenizer without BOS token another one as such.
+    words = copy.deepcopy(tokenizer)
+    words.init_kwargs.setdefault("name_or_path", name)
+    bridge = TransformerBridge.boot_transformers(
+        name or type(source).__name__,
+        hf_model=_model(source, dtype).to(device, dtype),
+        tokenizer=words,
+        device=device,
+        dtype=dtype,
+    )
+    return bridge, tokenizer
 
 
 def load_hooked(
@@ -136,7 +129,7 @@ def load_hooked(
 ) -> tuple[HookedTransformer, PreTrainedTokenizerBase]:
     """Loads what `save_hooked` wrote: config, weights and tokenizer in one folder."""
     folder = Path(folder)
-    config = json.loads((folder / _CONFIG).read_text())
+    config = read_json(folder / _CONFIG)
     config |= {"dtype": dtype, "device": str(device)}
     hooked = HookedTransformer(HookedTransformerConfig.from_dict(config))
     weights, _ = read_weights(folder / _WEIGHTS)
@@ -147,7 +140,7 @@ def load_hooked(
             f"{folder / _WEIGHTS} does not fit {_CONFIG} beside it: missing "
             f"{missing or 'nothing'}, unexpected {unexpected or 'nothing'}"
         )
-    return hooked, AutoTokenizer.from_pretrained(folder)
+    return hooked, _from_pretrained(AutoTokenizer, str(folder))
 
 
 def is_hooked_folder(folder: str | Path) -> bool:
@@ -213,11 +206,56 @@ def _hub_name(source: str) -> str:
     return lens.make_model_alias_map().get(source.lower(), source)
 
 
-def _from_pretrained(kind: type, name: str, **options: object) -> object:
+class _NotConverted(Exception):  # noqa: N818 -- no error if there is a bridge
+    """Why there is no HookedTransformer that computes what a checkpoint does."""
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    tokenizer = _from_pretrained(AutoTokenizer, name)
+    # Without its files, transformers makes one of a handful of special tokens.
+    ids = tokenizer("The picture", add_special_tokens=False).input_ids
+    if not set(ids) - set(tokenizer.all_special_ids):
+        raise ValueError(
+            f"no tokenizer in {name}: what was made of its files knows no words. "
+            "Expected tokenizer.json or tokenizer.model beside the config; save it "
+            "there with tokenizer.save_pretrained, or give a LanguageModel with its own"
+        )
+    return tokenizer
+
+
+def _model(source: str | PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Hugging Face's model, whole and frozen."""
+    model = source
+    if isinstance(source, str):
+        model, loading = _from_pretrained(
+            AutoModelForCausalLM,
+            source,
+            dtype=dtype,
+            attn_implementation="eager",  # as the bridge computes it
+            output_loading_info=True,
+        )
+        # Hugging Face fills in what is not there at random, with a warning.
+        for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+            if names := sorted(map(str, loading[what])):
+                raise ValueError(
+                    f"the weights of {source} are not those of its config.json, "
+                    f"{what.replace('_', ' ')}: {', '.join(names[:4])} "
+                    f"({len(names)} in all); copy or download it again"
+                )
+    return model.eval().requires_grad_(False)
+
+
+def _from_pretrained(kind: type, name: str, **options: object) -> Any:  # noqa: ANN401
     """Hugging Face's loader, its many ways to fail told as one."""
     try:
         return kind.from_pretrained(name, **options)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        SafetensorError,
+        pickle.UnpicklingError,
+    ) as error:
         what = {
             AutoConfig: "config",
             AutoTokenizer: "tokenizer",
@@ -230,6 +268,11 @@ def _from_pretrained(kind: type, name: str, **options: object) -> object:
                 "Expected a folder written by save_pretrained: config.json, "
                 "model.safetensors (or its shards) and the tokenizer's files"
             ) from error
+        if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+            raise FileNotFoundError(
+                f"there is no folder {name}; give one written by save_pretrained, or a "
+                "name of the Hugging Face hub"
+            ) from error
         raise FileNotFoundError(
             f"no {what} for {name!r}: it is no folder here, and the Hugging Face hub "
             f"gave nothing ({first}) Give a local folder, or download it where there "
@@ -237,15 +280,42 @@ def _from_pretrained(kind: type, name: str, **options: object) -> object:
         ) from error
 
 
-def _architecture(config: PretrainedConfig) -> str:
-    return (config.architectures or [type(config).__name__])[0]
+def _convert(
+    source: str | PreTrainedModel,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    wanted: set[str],
+) -> HookedTransformer:
+    """A HookedTransformer, after it has given the checkpoint's own answers."""
+    held = isinstance(source, PreTrainedModel)
+    cfg = _hooked_config(config, type(source).__name__ if held else None, dtype)
+    model = _model(source, dtype)
+    ids = torch.arange(24)[None] * 7 % config.get_text_config().vocab_size
+    with torch.no_grad():
+        answers = model(ids.to(model.device)).logits.float().log_softmax(-1).cpu()
+    try:
+        weights = _weights(model, cfg)
+    except (AttributeError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise _NotConverted(f"its weights are not converted ({error})") from error
+    del model  # so that its memory is free as soon as its weights are converted
+    if "fold_ln" in wanted and cfg.normalization_type in ("LN", "RMS"):
+        cfg.normalization_type += "Pre"
+    hooked = _filled(HookedTransformer(cfg, move_to_device=False), weights, wanted)
+    with torch.no_grad():
+        found = hooked(ids).float().log_softmax(-1)
+    off = float((found - answers).norm() / (answers - answers.mean()).norm())
+    # Weight processing leaves log-probabilities as they are.
+    if not off < (1e-4 if dtype in (torch.float32, torch.float64) else 0.1):
+        raise _NotConverted(f"its log-probabilities would be off by {off:.1g}")
+    return hooked
 
 
 def _hooked_config(
-    config: PretrainedConfig, dtype: torch.dtype
-) -> HookedTransformerConfig | None:
-    """TransformerLens' config for a checkpoint's; None if it has no such model."""
-    if _architecture(config) == "Gemma2ForCausalLM":
+    config: PretrainedConfig, architecture: str | None, dtype: torch.dtype
+) -> HookedTransformerConfig:
+    """TransformerLens' config for a checkpoint's."""
+    architecture = architecture or (config.architectures or ["?"])[0]
+    if architecture == "Gemma2ForCausalLM":
         made = _gemma2(config)
     else:
         # TransformerLens reads a folder's config.json, but goes by the folder's name
@@ -260,19 +330,19 @@ def _hooked_config(
             config.save_pretrained(folder)
             described = Path(folder, "config.json")
             fields = json.loads(described.read_text())
-            fields["architectures"] = [_architecture(config)]
+            fields["architectures"] = [architecture]
             # TransformerLens asks for the name that GPT-2 configs had before.
             if "n_positions" in fields:
                 fields.setdefault("n_ctx", fields["n_positions"])
             described.write_text(json.dumps(fields))
             try:
                 made = lens.convert_hf_model_config(folder)
-            except NotImplementedError:
-                return None
+            except (AttributeError, KeyError, NotImplementedError) as error:
+                raise _NotConverted(f"it does not know {architecture}") from error
     if made.get("positional_embedding_type") == "rotary":
         made["n_ctx"] = min(made["n_ctx"], _CONTEXT)
     made |= {
-        "model_name": Path(config.name_or_path or _architecture(config)).name,
+        "model_name": Path(config.name_or_path or architecture).name,
         "init_weights": False,
         "dtype": dtype,
         "device": "cpu",
@@ -337,12 +407,11 @@ def _filled(
     made = {n for n in places if n.rsplit(".", 1)[-1].startswith(("b_", *_MADE_ANEW))}
     missing = sorted(set(places) - set(weights) - made)
     if missing:
-        raise ValueError(
-            f"TransformerLens converted no weights for {', '.join(missing[:5])} of "
-            f'{hooked.cfg.model_name}; load it with backend="bridge"'
-        )
+        raise _NotConverted(f"no weights came out for {', '.join(missing[:5])}")
     for name in list(weights):
         tensor = weights.pop(name)
+        if name in places and places[name].shape != tensor.shape:
+            raise _NotConverted(f"{name} came out as {tuple(tensor.shape)}")
         if name in places:
             places[name].copy_(tensor)
     return hooked

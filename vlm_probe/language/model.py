@@ -14,7 +14,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vlm_probe.language.chat import Chat
+from vlm_probe.language.chat import DEFAULT_PROMPT, Chat
 from vlm_probe.language.hooked import (
     Hooked,
     is_hooked_folder,
@@ -38,7 +38,7 @@ class LanguageModel:
         tokenizer: PreTrainedTokenizerBase,
         *,
         name: str = "language",
-        default_prompt: str = "Describe the picture.",
+        default_prompt: str = DEFAULT_PROMPT,
         padding_side: str = "right",
     ) -> None:
         """Wraps a model.
@@ -70,7 +70,7 @@ class LanguageModel:
         device: str | torch.device = "cpu",
         dtype: str | torch.dtype = "float32",
         tokenizer: PreTrainedTokenizerBase | None = None,
-        default_prompt: str = "Describe the picture.",
+        default_prompt: str = DEFAULT_PROMPT,
     ) -> LanguageModel:
         """Loads a model and its tokenizer.
 
@@ -143,6 +143,31 @@ class LanguageModel:
         return "bridge" if isinstance(self.hooked, TransformerBridge) else "hooked"
 
     @property
+    def architecture(self) -> str:
+        """Of the checkpoint, such as "Gemma2ForCausalLM"; empty if not known."""
+        cfg = self.hooked.cfg
+        known = (
+            getattr(cfg, n, None) for n in ("original_architecture", "architecture")
+        )
+        return next(filter(None, known), "")
+
+    @property
+    def soft_caps(self) -> tuple[float, float]:
+        """Of attention scores and logits; none is -1 or 0."""
+        if self.backend == "bridge":
+            config = self.hooked.original_model.config
+            names = ("attn_logit_softcapping", "final_logit_softcapping")
+            found = [getattr(config, name, None) or -1.0 for name in names]
+            return found[0], found[1]
+        cfg = self.hooked.cfg
+        return cfg.attn_scores_soft_cap, cfg.output_logits_soft_cap
+
+    @property
+    def n_words(self) -> int:
+        """Ids that both the tokenizer and the embedding have."""
+        return min(len(self.tokenizer), self.hooked.cfg.d_vocab)
+
+    @property
     def device(self) -> torch.device:
         """Where the model is."""
         return next(self.hooked.parameters()).device
@@ -159,15 +184,15 @@ class LanguageModel:
         Only what changes the residual stream of LayerNorm models is looked for, and
         folded norms; nothing of it shows in the residual stream of RMS models.
         """
-        if self.backend == "bridge":
-            return {}
         kind = self.hooked.cfg.normalization_type or ""
+        if self.backend == "bridge" or not kind.startswith("LN"):
+            return {"fold_ln": True} if kind == "RMSPre" else {}
         words = self.hooked.W_E.float()
-        off_center = words.mean(-1).abs().max() / words.abs().mean()
-        found = {
-            "fold_ln": kind.endswith("Pre"),
-            "center_writing_weights": kind.startswith("LN") and bool(off_center < 1e-3),
-        }
+        # Means of random words are about 1/sqrt(d_model) of their size; centered ones
+        # are zero but for rounding, which bfloat16 makes some 0.002 of that.
+        size = words.square().mean(-1).sqrt() / self.d_model**0.5
+        centered = bool((words.mean(-1).abs() / size).nanmedian() < 0.05)
+        found = {"fold_ln": kind == "LNPre", "center_writing_weights": centered}
         return {name: True for name, on in found.items() if on}
 
     def read(
@@ -288,8 +313,9 @@ class LanguageModel:
         length = max(len(prompt.ids) for prompt in prompts)
         if length > self.hooked.cfg.n_ctx:
             raise ValueError(
-                f"a prompt of {length} tokens is longer than the language model's "
-                f"context of {self.hooked.cfg.n_ctx}; shorten the prompt or caption"
+                f"a prompt of {length} tokens is longer than the "
+                f"{self.hooked.cfg.n_ctx} positions that the language model is run "
+                "with; shorten the prompt or caption"
             )
         tokens = torch.full((len(prompts), length), self.chat.pad)
         mask = torch.zeros_like(tokens)

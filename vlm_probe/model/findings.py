@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vlm_probe.model.joined import VisionLanguageModel
+from vlm_probe.tokens import ranges
 
 VERDICTS = ("ok", "note", "warning", "wrong")
 
@@ -38,7 +39,7 @@ def cheap_findings(model: VisionLanguageModel) -> list[Finding]:
 def _fit(model: VisionLanguageModel) -> Iterator[Finding]:
     """Widths and hook points; what does not fit is refused when parts are joined."""
     layers = sorted(model.saes)
-    features = some(sae.n_features for sae in model.saes.values())
+    features = ranges(sae.n_features for sae in model.saes.values())
     yield Finding(
         "widths",
         "ok",
@@ -49,7 +50,7 @@ def _fit(model: VisionLanguageModel) -> Iterator[Finding]:
         "hook points",
         "ok" if len(layers) == model.language.n_layers else "note",
         f"{model.hook_point} of {len(layers)} of {model.language.n_layers} layers"
-        + ("" if len(layers) == model.language.n_layers else f": {some(layers)}"),
+        + ("" if len(layers) == model.language.n_layers else f": {ranges(layers)}"),
     )
 
 
@@ -81,10 +82,9 @@ def _processing(model: VisionLanguageModel) -> Iterator[Finding]:
 
 
 def _soft_cap(model: VisionLanguageModel) -> Iterator[Finding]:
-    cfg = model.language.hooked.cfg
-    if not str(getattr(cfg, "original_architecture", "") or "").startswith("Gemma2"):
+    if not model.language.architecture.startswith("Gemma2"):
         return
-    caps = (cfg.attn_scores_soft_cap, cfg.output_logits_soft_cap)
+    caps = model.language.soft_caps
     if min(caps) > 0:
         said = "attention scores {:g}, logits {:g}".format(*caps)
         yield Finding("soft-cap", "ok", said)
@@ -177,14 +177,3 @@ def _base(name: str) -> str:
     for ending in ("-instruct", "-chat", "-it", "-pt", "-base"):
         name = name.removesuffix(ending)
     return name
-
-
-def some(values: Iterable[int]) -> str:
-    """Whole numbers as ranges: 0-3, 7."""
-    runs: list[list[int]] = []
-    for value in sorted(set(values)):
-        if runs and value == runs[-1][1] + 1:
-            runs[-1][1] = value
-        else:
-            runs.append([value, value])
-    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from vlm_probe.adapter import Adapter, load_adapter
 from vlm_probe.examples import data_folder
-from vlm_probe.language import LanguageModel
+from vlm_probe.language import DEFAULT_PROMPT, LanguageModel
 from vlm_probe.language.hooked import PROCESSING
 from vlm_probe.saes import LayerSae, load_saes
 from vlm_probe.settings import PRESETS, Parts
 from vlm_probe.vision import VisionModel
+from vlm_probe.weights import read_json
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ class VisionLanguageModel:
         (folder / _TEXTS).write_text("\n".join(self.reference_texts) + "\n")
         about = {
             "name": self.name,
+            "language_name": self.language.name,
             "vision_block": self.vision.block,
             "default_prompt": self.language.chat.default_prompt,
             "backend": self.language.backend,
@@ -157,9 +159,16 @@ def load(source: str | Path | None = None, **parts: object) -> VisionLanguageMod
         if not isinstance(part := parts.get(name), str | Path | None)
     }
     named = {name: part for name, part in parts.items() if name not in held}
+    for name, options in _CONCERNS.items():
+        said = [option for option in options if named.get(option) is not None]
+        if said and isinstance(held.get(name), LanguageModel | VisionModel | Mapping):
+            raise ValueError(
+                f"{' and '.join(said)} given, but {name} is an object, which is taken "
+                "as it is; give where it is loaded from, or make it so yourself"
+            )
     if source is None and not parts:
         source = "toy"
-    described, texts = (Parts(), ()) if source is None else _described(source)
+    described, kept = (Parts(), {}) if source is None else _described(source)
     wanted = replace(described, **named)
     if missing := [n for n in _FOUR if n not in held and getattr(wanted, n) is None]:
         raise ValueError(
@@ -167,17 +176,27 @@ def load(source: str | Path | None = None, **parts: object) -> VisionLanguageMod
             f"{', '.join(_FOUR)}, or load one of: toy, {', '.join(PRESETS)}, or a "
             "folder that save wrote"
         )
-    return _joined(wanted, held, texts)
+    model = _joined(wanted, held, kept.get("texts", ()))
+    if "language" not in parts:
+        # Not the name of the folder that it was saved to.
+        model.language.name = kept.get("language_name", model.language.name)
+    return model
 
 
 _FOUR = ("language", "vision", "adapter", "saes")
+_CONCERNS = {
+    "language": ("backend", "dtype", "default_prompt"),
+    "vision": ("vision_block",),
+    "saes": ("sae_layers", "sae_width", "sae_l0", "hook_point"),
+}
+"""What is said of a part as it is loaded."""
 _DESCRIPTION, _TEXTS = "model.json", "reference_texts.txt"
 
 
-def _described(source: str | Path) -> tuple[Parts, tuple[str, ...]]:
-    """What a preset or a folder says of its parts, and its reference texts."""
+def _described(source: str | Path) -> tuple[Parts, dict]:
+    """What a preset or a folder says of its parts, and what else was kept."""
     if source in PRESETS:
-        return PRESETS[str(source)], ()
+        return PRESETS[str(source)], {}
     folder = data_folder() / "toy" if source == "toy" else Path(source)
     if not (folder / _DESCRIPTION).is_file():
         raise FileNotFoundError(
@@ -185,7 +204,18 @@ def _described(source: str | Path) -> tuple[Parts, tuple[str, ...]]:
             f'vision/, adapter.safetensors and saes/, or one of "toy", '
             + ", ".join(f'"{name}"' for name in PRESETS)
         )
-    about = json.loads((folder / _DESCRIPTION).read_text())
+    about = read_json(folder / _DESCRIPTION)
+    kept = (
+        {"language_name": about.pop("language_name")}
+        if "language_name" in about
+        else {}
+    )
+    valid = {field.name for field in fields(Parts)}
+    if unknown := sorted(set(about) - valid):
+        raise ValueError(
+            f"{folder / _DESCRIPTION} says {', '.join(unknown)}, which is no part or "
+            f"option of a model; valid: {', '.join(sorted(valid))}"
+        )
     inside = {
         "language": folder / "language",
         "vision": folder / "vision",
@@ -193,15 +223,16 @@ def _described(source: str | Path) -> tuple[Parts, tuple[str, ...]]:
         "saes": folder / "saes",
     }
     texts = folder / _TEXTS
-    return Parts(**inside | about), _lines(texts) if texts.is_file() else ()
+    if texts.is_file():
+        kept["texts"] = _lines(texts)
+    return Parts(**inside | about), kept
 
 
 def _joined(
     wanted: Parts, held: Mapping[str, object], texts: tuple[str, ...]
 ) -> VisionLanguageModel:
     language = held.get("language", wanted.language)
-    there = str(language.device) if isinstance(language, LanguageModel) else None
-    device = wanted.device or there or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(wanted.device, held)
     # The small parts come first, so that what is wrong with them is said soon; and the
     # SAEs before the language model, whose weights are processed as theirs were.
     adapter = (
@@ -232,11 +263,11 @@ def _joined(
     if not isinstance(language, LanguageModel):
         language = LanguageModel.load(
             language,
-            backend=wanted.backend,
+            backend=wanted.backend or "auto",
             processing=_processing(saes),
             device=device,
-            dtype=wanted.dtype,
-            default_prompt=wanted.default_prompt,
+            dtype=wanted.dtype or "float32",
+            default_prompt=wanted.default_prompt or DEFAULT_PROMPT,
         )
     return VisionLanguageModel(
         vision=vision,
@@ -246,6 +277,27 @@ def _joined(
         name=wanted.name or language.name,
         reference_texts=texts,
     )
+
+
+def _device(asked: str | None, held: Mapping[str, object]) -> str:
+    """The device asked for, else where a part in memory is, else a GPU if there is."""
+    if asked is None:
+        for part in held.values():
+            first = next(iter(part.values())) if isinstance(part, Mapping) else part
+            module = getattr(first, "visual", getattr(first, "sae", first))
+            module = getattr(module, "hooked", module)
+            if isinstance(module, nn.Module):
+                return str(next(module.parameters()).device)
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=asked)
+    except (RuntimeError, AssertionError) as error:
+        found = [f"cuda:{n}" for n in range(torch.cuda.device_count())]
+        raise ValueError(
+            f"device {asked!r} is not to be had; this machine has "
+            f"{', '.join(['cpu', *found])}"
+        ) from error
+    return asked
 
 
 def _processing(saes: Mapping[int, LayerSae]) -> dict[str, bool]:

@@ -18,7 +18,6 @@ here that says what sae-lens is to compute, after the code it was published with
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 import warnings
@@ -37,7 +36,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vlm_probe.saes.offers import HOOK_POINTS, Offer, place
-from vlm_probe.weights import read_weights
+from vlm_probe.weights import read_json, read_weights
 
 Weights = dict[str, Tensor]
 
@@ -259,13 +258,13 @@ def _llama_scope(folder: Path, config: dict) -> Recipe:
             f"{folder / 'hyperparams.json'} has {other}; known is {usual}, as Llama "
             "Scope was published"
         )
+    weighted = config["sparsity_include_decoder_norm"]
     norms = config["dataset_average_activation_norm"]
     scale = math.sqrt(config["d_model"]) / norms["in"]
 
     def to_saelens(stored: Weights) -> Weights:
         stored = {name: tensor.float() for name, tensor in stored.items()}
         decoder = stored["decoder.weight"].T
-        weighted = config.get("sparsity_include_decoder_norm", False)
         norm = decoder.norm(dim=1) if weighted else torch.ones(len(decoder))
         return {
             "W_enc": stored["encoder.weight"].T * scale,
@@ -401,6 +400,10 @@ _FORMATS = (
 )
 
 
+_EMBEDDING = r"(^|[._])(embedding|embed|pos_embed|embed_tokens|embed_in|wte|wpe)$"
+"""What comes before the first block, as published SAEs and models name it."""
+
+
 def _found(root: Path, file: Path, form: _Format) -> Found:
     folder = file.parents[form.weights.count("/")]
     config = folder / form.config if form.config else None
@@ -416,7 +419,11 @@ def _found(root: Path, file: Path, form: _Format) -> Found:
             f"{error!r}"
         ) from error
     layer, point = recipe.place
-    named = 0 if point == "embedding" else _named_layer(folder, root)
+    named = _named_layer(folder.relative_to(root).parts or (root.absolute().name,))
+    if layer is None and re.search(_EMBEDDING, point or ""):
+        named = 0  # of no layer, and so left out as what is of another place
+    if layer is None and named is None:
+        named = _named_layer((root.absolute().name,))
     if layer is None and named is None:
         raise ValueError(
             f"nothing says of which layer the SAE in {folder} is; name its folder "
@@ -433,9 +440,8 @@ def _found(root: Path, file: Path, form: _Format) -> Found:
     return Found(name, layer, point, recipe.width, recipe.l0, folder, file, recipe)
 
 
-def _named_layer(folder: Path, root: Path) -> int | None:
+def _named_layer(names: tuple[str, ...]) -> int | None:
     """The layer in the nearest folder's name that has one."""
-    names = folder.relative_to(root).parts or (root.absolute().name,)
     for name in reversed(names):
         if found := re.search(r"(?<![a-z])(?:(?:layers?|blocks)[._]?|h\.)(\d+)", name):
             return int(found[1])
@@ -454,10 +460,7 @@ def _number(said: object) -> float | None:
 
 def _json(file: Path) -> dict:
     """What a file says; nothing if it is not there."""
-    try:
-        return json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged, or no JSON: {error}") from error
+    return read_json(file) if file.is_file() else {}
 
 
 def _shapes(file: Path) -> dict[str, list[int]]:

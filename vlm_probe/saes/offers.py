@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from sae_lens.loading.pretrained_saes_directory import PretrainedSAELookup
 
-from vlm_probe.tokens import HOOK_POINTS
+from vlm_probe.tokens import HOOK_POINTS, ranges
 
 
 @dataclass(frozen=True)
@@ -185,11 +185,16 @@ def _one(offers: Sequence[Offer], what: str, l0: float | None) -> Offer:
         offers = [o for o in offers if o.l0 == nearest]
     if len(offers) == 1:
         return offers[0]
-    ways = ["width="] if len(widths) > 1 else []
-    ways += ["l0="] if len({(o.width, o.l0) for o in offers}) > len(widths) else []
+    ways = ["width"] if len(widths) > 1 else []
+    ways += ["l0"] if len({(o.width, o.l0) for o in offers}) > len(widths) else []
     remedy = "they differ in neither width nor L0; give a folder that has one of them"
     if ways:
-        remedy = f"choose with {' and '.join(ways)}"
+        remedy = "choose with {} (in vlm_probe.load {}, on the command line {})".format(
+            *(
+                " and ".join(form.format(way) for way in ways)
+                for form in ("{}=", "sae_{}=", "--sae-{}")
+            )
+        )
     listed = ", ".join(map(str, offers[:12]))
     more = f" and {len(offers) - 12} more" if len(offers) > 12 else ""
     raise ValueError(
@@ -211,13 +216,5 @@ def _by(what: str, offers: Sequence[Offer]) -> str:
 
 def _named(layers: Iterable[int]) -> str:
     """`layers 0-5, 11` for 0, 1, 2, 3, 4, 5, 11."""
-    runs: list[list[int]] = []
-    for layer in sorted(layers):
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    spans = ", ".join(
-        f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs
-    )
-    return f"layers {spans}" if sum(map(len, runs)) > 1 else f"layer {spans}"
+    said = ranges(layers)
+    return f"layer {said}" if said.isdecimal() else f"layers {said}"

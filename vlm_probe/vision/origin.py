@@ -17,6 +17,8 @@ import open_clip
 from open_clip.transformer import QuickGELU, VisionTransformer
 from torch import nn
 
+from vlm_probe.weights import read_json
+
 
 class Origin(NamedTuple):
     """What weights were trained with."""
@@ -122,18 +124,6 @@ def activation_mismatch(
         f"the vision model {name!r} computes {words[computed]}, but its weights were "
         f"trained with {words[origin.quick_gelu]}: {origin.evidence}; {remedy}"
     )
-
-
-def read_json(file: Path) -> dict:
-    """Reads a config.
-
-    Raises:
-        ValueError: It is no JSON.
-    """
-    try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
 
 
 def _beside(file: Path) -> Origin | None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import open_clip
 
-from vlm_probe.vision.origin import Origin, of_file, of_tag, published_as, read_json
+from vlm_probe.vision.origin import Origin, of_file, of_tag, published_as
 from vlm_probe.vision.towers import SAVED
-from vlm_probe.weights import SUFFIXES
+from vlm_probe.weights import SUFFIXES, read_json
 
 _CONFIG = "open_clip_config.json"
 _USUAL = ("open_clip_model", "open_clip_pytorch_model", "model", "pytorch_model")
@@ -58,6 +59,10 @@ def find_source(source: str, pretrained: str | None = None) -> Source:
     if (folder / SAVED[0]).is_file():
         return _saved(folder)
     if in_folder:
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"no vision model in {folder}: there is no such folder"
+            )
         if not (folder / _CONFIG).is_file():
             raise FileNotFoundError(
                 f"no vision model in {folder}: expected {_CONFIG} and weights, or what "
@@ -69,10 +74,15 @@ def find_source(source: str, pretrained: str | None = None) -> Source:
 
 
 def _saved(folder: Path) -> Source:
-    about = read_json(folder / SAVED[0])
-    origin = Origin(*about["origin"]) if about["origin"] else None
-    weights = folder / SAVED[1]
-    return Source(about["name"], about, weights, origin, block=about["block"])
+    about, weights = read_json(folder / SAVED[0]), folder / SAVED[1]
+    try:
+        origin = Origin(*about["origin"]) if about["origin"] else None
+        return Source(about["name"], about, weights, origin, block=about["block"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / SAVED[0]} does not say all that VisionModel.save writes: "
+            f"{error!r}; save the vision model again"
+        ) from error
 
 
 def _described(name: str, config: Path, weights: Path) -> Source:
@@ -87,6 +97,12 @@ def _named(name: str, weights: str, source: str) -> Source:
     known = open_clip.list_models()
     if name not in known and name.replace("/", "-") in known:
         name = name.replace("/", "-")  # as OpenAI writes them: ViT-L/14
+    if name not in known and _is_path(name):
+        raise FileNotFoundError(
+            f"no vision model {source!r}: there is no such folder or file; expected a "
+            "folder with weights, 'NAME:FILE' with an open_clip name, or "
+            "'hf-hub:OWNER/NAME'"
+        )
     if name not in known:
         raise ValueError(
             f"no vision model {source!r}: there is no such folder, and open_clip has "
@@ -105,6 +121,13 @@ def _named(name: str, weights: str, source: str) -> Source:
         "preprocess_cfg": _preprocess_cfg(name, origin),
     }
     return Source(label, config, file, origin, published is not None)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a path is meant, and not a name such as ViT-L/14 with a typo."""
+    return name.startswith(("/", ".", "~")) or (
+        bool({os.sep, "/"} & set(name)) and not name.startswith("ViT-")
+    )
 
 
 def _preprocess_cfg(name: str, origin: Origin | None) -> dict:
