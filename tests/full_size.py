@@ -1,8 +1,9 @@
 """The paper's setup at its full size, with random weights, from files as published.
 
-No test: it writes some 14 GB and takes minutes. `python tests/full_size.py --work DIR`
-makes Gemma-2-2B's shape in bfloat16, 26 SAEs of 16,384 features and a ViT-L/14, loads
-them as a user would, probes one picture, and prints time and peak memory by step.
+No test, but a script: with `--work DIR --write` it writes some 8 GB (Gemma-2-2B's shape
+in bfloat16, an SAE of 16,384 features linked for each of 26 layers, a ViT-L/14, a
+projector); with `--work DIR` it then loads them as a user would, examines them, probes
+one picture, and prints time and peak memory by step. The tokenizer is a small one.
 """
 
 import argparse

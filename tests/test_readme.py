@@ -52,7 +52,10 @@ def test_the_recipes_for_real_models_run(tmp_path, monkeypatch, recwarn):
         folder = tmp_path / "scope" / f"layer_{layer}" / "width_16k" / "average_l0_71"
         formats.write_gemma_scope(folder, made)
         hook = f"blocks.{layer}.hook_resid_pre"
-        formats.write_old_saelens(tmp_path / "jb" / hook, made, hook)
+        processed = {"model_from_pretrained_kwargs": {"center_writing_weights": True}}
+        formats.write_saelens(
+            tmp_path / "jb" / hook, made, hook_name=hook, metadata=processed
+        )
     hub.picture().save(tmp_path / "cat.png")
     LinearAdapter(24, 32).save(tmp_path / "adapter.safetensors")
     torch.save(torch.nn.Linear(24, 32).state_dict(), tmp_path / "projector.pth")
@@ -77,6 +80,7 @@ def test_the_recipes_for_real_models_run(tmp_path, monkeypatch, recwarn):
     monkeypatch.chdir(tmp_path)
     names = run(README.read_text().split(OWN)[1])
     assert names["model"].hook_point == "resid_pre"
+    assert names["model"].language.processing == {"center_writing_weights": True}
     assert sorted(names["result"].layers.layer.unique()) == [0, 1, 2]
 
 
