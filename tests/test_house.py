@@ -62,6 +62,7 @@ HOUSE = {
     ),
     "report": (5, "One self-contained page from a result."),
     "cli": (6, "The command line."),
+    "__main__": (7, "`python -m vlm_probe`, which `torchrun -m vlm_probe` starts."),
 }
 FRONT_DOOR = "__init__"
 

@@ -43,10 +43,7 @@ def test_lists_become_tuples():
         ({"batch_size": 0}, "batch_size must be at least 1, given 0"),
         ({"replicates": -1}, "replicates must be at least 0, given -1"),
         ({"calibration": 0}, "calibration must be at least 1, given 0"),
-        (
-            {"controls": ["shuffled_images"], "batch_size": 1},
-            "needs batch_size of at least 2, given 1",
-        ),
+        ({"encoding": "sparse"}, "unknown encoding 'sparse'; valid: auto, dense, scre"),
     ],
 )
 def test_a_wrong_setting_is_refused(given, words):

@@ -13,7 +13,7 @@ from vlm_probe.tokens import METRICS
 def summed(x, x_hat, l0=None, unit=None, *, features=10, replicates=0, **how):
     x, x_hat = torch.as_tensor(x), torch.as_tensor(x_hat)
     unit = np.zeros(len(x), int) if unit is None else np.asarray(unit)
-    l0 = np.ones(len(x), int) if l0 is None else np.asarray(l0)
+    l0 = torch.ones(len(x)).int() if l0 is None else torch.as_tensor(l0)
     sums = LayerSums(x.shape[1], features, replicates)
     weights = bootstrap_weights(list(range(unit.max() + 1)), replicates, 0)
     sums.add(x, x_hat, l0, unit, weights, **how)
@@ -88,7 +88,7 @@ def test_any_split_and_any_order_give_the_same_sums(lengths, random, convention)
             sums.add(
                 torch.tensor(x),
                 torch.tensor(x_hat),
-                l0,
+                torch.tensor(l0),
                 unit,
                 weights,
                 convention=convention,
@@ -105,7 +105,7 @@ def test_any_split_and_any_order_give_the_same_sums(lengths, random, convention)
 
 def test_merged_sums_are_the_sums_of_all():
     x, x_hat = torch.randn(6, 4), torch.randn(6, 4)
-    unit, l0 = np.array([0, 0, 0, 1, 1, 1]), np.arange(6)
+    unit, l0 = np.array([0, 0, 0, 1, 1, 1]), torch.arange(6)
     weights = bootstrap_weights([0, 1], 3, 0)
     whole, first, second = (LayerSums(4, 10, 3) for _ in range(3))
     whole.add(x, x_hat, l0, unit, weights)
@@ -142,7 +142,7 @@ def test_bounds_hold_the_truth_as_often_as_they_say():
         flat = torch.tensor(x.reshape(-1, d))
         weights = bootstrap_weights(list(range(n_images)), 400, trial)
         noisy = flat + torch.tensor(error.reshape(-1, d))
-        sums.add(flat, noisy, l0.ravel(), unit, weights)
+        sums.add(flat, noisy, torch.from_numpy(l0.ravel()), unit, weights)
         row = sums.row()
         # True values: error variance 0.16, token variance 1, mean rate 9.
         for name, truth in {"mse": 0.16, "fvu": 0.16, "l0": 9.0}.items():

@@ -7,6 +7,7 @@ import math
 import textwrap
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -182,7 +183,7 @@ def _explained(model: VisionLanguageModel, texts: Sequence[str]) -> Iterator[Fin
         codes, x_hat = sae.code(x)
         sums = LayerSums(sae.d_model, sae.n_features, 0)
         weights = bootstrap_weights([0], 0, 0)
-        unit = codes.l0() * 0
+        unit = np.zeros(len(x), np.int64)
         sums.add(x, x_hat, codes.l0(), unit, weights)
         explained[layer] = 1 - sums.row()["fvu"]
 

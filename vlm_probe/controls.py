@@ -84,18 +84,12 @@ def noise(
 
 def previous_image(
     vectors: Float[Tensor, "image patch d_model"],
-    before: Float[Tensor, "patch d_model"] | None,
+    before: Float[Tensor, "patch d_model"],
 ) -> Float[Tensor, "image patch d_model"]:
-    """Each picture with the vectors of the one before it; the first with the second's.
+    """Each picture with the vectors of the one before it.
 
     Args:
         vectors: Vectors of a batch.
-        before: Vectors of the last picture of the batch before; None at the start.
+        before: Vectors of the picture before the first.
     """
-    if before is None:
-        if len(vectors) < 2:
-            raise ValueError(
-                "shuffled_images needs at least two readable images, given one"
-            )
-        before = vectors[1]
     return torch.cat([before[None], vectors[:-1]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,16 @@ class ProbeResult:
     failures: pd.DataFrame
     """Images that could not be read: their index, id and `error`."""
     meta: dict[str, Any]
-    """Versions, model and SAE identities with digests, settings, counts and time."""
+    """Versions, model and SAE identities with digests, settings and counts;
+    `partial` says how far the run came if it was stopped."""
+    timing: dict[str, Any] = field(default_factory=dict)
+    """When the run `started`, the `seconds` it took since it was last started, and
+    those of its `stages`. Not of what was found: no two runs take the same."""
+
+    @property
+    def partial(self) -> bool:
+        """Whether the run was stopped before it had seen all images."""
+        return bool(self.meta.get("partial"))
 
     def table(
         self,
@@ -99,12 +108,15 @@ class ProbeResult:
         return write_report(self, path)
 
     def save(self, folder: str | Path) -> Path:
-        """Writes the tables as parquet and `meta.json` to a folder."""
+        """Writes the tables as parquet, `meta.json` and `timing.json` to a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name in TABLES:
             getattr(self, name).to_parquet(folder / f"{name}.parquet", index=False)
-        (folder / "meta.json").write_text(json.dumps(self.meta, indent=1))
+        for name in ("meta", "timing"):
+            (folder / f"{name}.json").write_text(
+                json.dumps(getattr(self, name), indent=1)
+            )
         return folder
 
     @classmethod
@@ -123,4 +135,9 @@ class ProbeResult:
                 "a folder written by ProbeResult.save"
             )
         tables = {n: pd.read_parquet(folder / f"{n}.parquet") for n in TABLES}
-        return cls(**tables, meta=json.loads((folder / "meta.json").read_text()))
+        timing = folder / "timing.json"
+        return cls(
+            **tables,
+            meta=json.loads((folder / "meta.json").read_text()),
+            timing=json.loads(timing.read_text()) if timing.is_file() else {},
+        )

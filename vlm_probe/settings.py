@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vlm_probe.tokens import BACKENDS, CONTROLS, GROUPS, HOOK_POINTS, check_names
+from vlm_probe.tokens import (
+    BACKENDS,
+    CONTROLS,
+    ENCODINGS,
+    GROUPS,
+    HOOK_POINTS,
+    check_names,
+)
 
 CONVENTIONS = ("pooled", "paper")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -38,6 +45,10 @@ class ProbeSettings:
     calibration: int = 64
     """Pictures, from the first, whose patch tokens give random_adapter its mean and
     covariance, in pictures."""
+    encoding: str = "auto"
+    """How codes are computed: "dense", from all pre-activations; "screened", from those
+    that a bfloat16 product with a proven margin does not rule out; "auto", screened
+    where the hardware gains by it. The codes are the same."""
     seed: int = 0
     """Of the bootstrap and the control arms."""
 
@@ -53,6 +64,7 @@ class ProbeSettings:
         check_names("group", self.groups, GROUPS)
         check_names("control", self.controls, CONTROLS)
         check_names("convention", [self.convention], CONVENTIONS)
+        check_names("encoding", [self.encoding], ENCODINGS)
         if not self.groups:
             raise ValueError(f"no group given; valid: {', '.join(GROUPS)}")
         for name, least in (
@@ -65,11 +77,6 @@ class ProbeSettings:
                 raise ValueError(
                     f"{name} must be at least {least}, given {getattr(self, name)}"
                 )
-        if "shuffled_images" in self.controls and self.batch_size < 2:
-            raise ValueError(
-                "shuffled_images gives each picture the vectors of the one before it "
-                "and needs batch_size of at least 2, given 1"
-            )
 
 
 @dataclass(frozen=True)

@@ -36,21 +36,27 @@ def bootstrap_weights(
 class LayerSums:
     """Sums over the tokens of one layer, group and condition, in float64."""
 
-    def __init__(self, d_model: int, n_features: int, replicates: int) -> None:
+    def __init__(
+        self,
+        d_model: int,
+        n_features: int,
+        replicates: int,
+        device: str | torch.device = "cpu",
+    ) -> None:
         """Starts empty, for `replicates` redrawings beside the estimate."""
         self.d_model = d_model
         self.n_features = n_features
         self.n_tokens = 0
         self.n_images = 0
-        rows = replicates + 1
-        self._scalars = np.zeros((rows, len(_SCALARS)))
-        self._vector = np.zeros((rows, d_model))
+        real = {"dtype": torch.float64, "device": device}
+        self._scalars = torch.zeros(replicates + 1, len(_SCALARS), **real)
+        self._vector = torch.zeros(replicates + 1, d_model, **real)
 
     def add(
         self,
         x: Float[Tensor, "token d_model"],
         x_hat: Float[Tensor, "token d_model"],
-        l0: Int[np.ndarray, " token"],
+        l0: Int[Tensor, " token"],
         unit: Int[np.ndarray, " token"],
         weights: Float[np.ndarray, "replicate unit"],
         *,
@@ -66,39 +72,38 @@ class LayerSums:
             weights: Of `bootstrap_weights`.
             convention: "pooled" weighs every token alike, "paper" every image.
         """
-        n_units = weights.shape[1]
-        x, x_hat = x.double().cpu(), x_hat.double().cpu()
-        error = (x - x_hat).square().sum(-1)
-        square = x.square().sum(-1)
+        counts = np.bincount(unit, minlength=weights.shape[1])
+        self.n_tokens += len(unit)
+        self.n_images += int((counts > 0).sum())
+        # A row a unit, one where it has a token: sums over units are a product, which
+        # adds in the same order on every run, as scattering on a GPU would not.
+        to_units = (np.arange(len(counts))[:, None] == unit).astype(float)
+        if convention == "paper":
+            # A token weighs one over its image's tokens: means of per-image means.
+            to_units /= np.maximum(counts, 1)[:, None]
+        real = {"dtype": torch.float64, "device": self._vector.device}
+        to_units, drawn = (torch.as_tensor(a, **real) for a in (to_units, weights))
+        x, x_hat = x.to(**real), x_hat.to(**real)
+        off = x - x_hat
+        error, square, along = (
+            torch.linalg.vecdot(a, b) for a, b in ((off, off), (x, x), (x, x_hat))
+        )
         norm = square.sqrt()
+        lengths = norm * torch.linalg.vector_norm(x_hat, dim=-1)
         per_token = torch.stack(
             [
                 torch.ones_like(norm),
                 error,
                 square,
                 error / square,
-                torch.nn.functional.cosine_similarity(x, x_hat, dim=-1, eps=1e-300),
-                torch.from_numpy(l0).double(),
+                along / lengths.clamp(min=1e-300),
+                l0.to(**real),
                 norm,
             ],
             dim=1,
         )
-        index = torch.from_numpy(unit)
-        width = per_token.shape[1]
-        scalars = torch.zeros(n_units, width, dtype=torch.float64)
-        scalars = scalars.index_add(0, index, per_token).numpy()
-        vector = torch.zeros(n_units, self.d_model, dtype=torch.float64)
-        vector = vector.index_add(0, index, x).numpy()
-        counts = scalars[:, 0].copy()
-        present = counts > 0
-        self.n_tokens += int(counts.sum())
-        self.n_images += int(present.sum())
-        if convention == "paper":
-            # A token weighs one over its image's tokens: means of per-image means.
-            share = np.where(present, 1 / np.where(present, counts, 1), 0)[:, None]
-            scalars, vector = scalars * share, vector * share
-        self._scalars += weights @ scalars
-        self._vector += weights @ vector
+        self._scalars.addmm_(drawn, to_units @ per_token)
+        self._vector.addmm_(drawn, to_units @ x)
 
     def merge(self, other: LayerSums) -> None:
         """Adds the sums of other images."""
@@ -118,15 +123,28 @@ class LayerSums:
         self._scalars += other._scalars
         self._vector += other._vector
 
+    def state(self) -> dict[str, Tensor]:
+        """Everything that was added, by name."""
+        counts = torch.tensor([self.n_tokens, self.n_images])
+        return {"counts": counts, "scalars": self._scalars, "vector": self._vector}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Takes what `state` gave."""
+        self.n_tokens, self.n_images = state["counts"].tolist()
+        device = self._vector.device
+        self._scalars = state["scalars"].to(device)
+        self._vector = state["vector"].to(device)
+
     def replicates(self) -> dict[str, Float[np.ndarray, " replicate"]]:
         """Every metric of `METRICS`, estimate first, then the redrawings.
 
         A redrawing that holds no image is NaN.
         """
-        s = dict(zip(_SCALARS, self._scalars.T, strict=True))
+        scalars, vector = (t.cpu().numpy() for t in (self._scalars, self._vector))
+        s = dict(zip(_SCALARS, scalars.T, strict=True))
         with np.errstate(invalid="ignore", divide="ignore"):
             n = s["tokens"]
-            spread = s["square"] - np.square(self._vector).sum(1) / n
+            spread = s["square"] - np.square(vector).sum(1) / n
             return {
                 "mse": s["error"] / (n * self.d_model),
                 "fvu": s["error"] / spread,

@@ -35,6 +35,10 @@ HOOK_POINTS = ("resid_pre", "resid_mid", "resid_post")
 """Where a block's residual stream is read: before it, between attention and MLP, and
 after it."""
 
+ENCODINGS = ("auto", "dense", "screened")
+"""How codes are computed: from all pre-activations, or from those that a product in
+bfloat16 does not rule out; or the second where the hardware gains by it."""
+
 METRICS = {
     "mse": "mean over tokens and dimensions of (x̂-x)²",
     "fvu": "Σ‖x-x̂‖² / Σ‖x-x̄‖²; 0 perfect, 1 the mean predictor",
@@ -80,6 +84,10 @@ class Prompt:
             for position in range(first, len(self.ids))
             if include_special or self.ids[position] not in self.special
         ]
+
+    def until(self, stop: int) -> Prompt:
+        """The prompt without what comes after a position past its picture."""
+        return Prompt(self.ids[:stop], self.image, self.special)
 
 
 def ranges(numbers: Iterable[int]) -> str:

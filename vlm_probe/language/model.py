@@ -236,12 +236,13 @@ class LanguageModel:
                 return_type=None,
                 attention_mask=batch.mask,
                 stop_at_layer=ordered[-1] + 1,
-            ),
+            ) as tracer,
         ):
             self._traced.hook_embed.output[batch.rows, batch.positions] = batch.put
             for layer in ordered:
                 point = getattr(self._traced.blocks[layer], f"hook_{hook_point}")
                 visit(layer, batch.aligned(point.output))
+            tracer.stop()  # the rest of the last block, if it was read before its end
 
     def logits(
         self,

@@ -26,7 +26,7 @@ from torch import Tensor
 from vlm_probe.codes import SparseCodes, code
 from vlm_probe.saes.formats import convert, find, quietly, read
 from vlm_probe.saes.offers import choose, features, place, release_offers
-from vlm_probe.tokens import HOOK_POINTS
+from vlm_probe.tokens import ENCODINGS, HOOK_POINTS, check_names
 from vlm_probe.weights import floating
 
 _ARCHITECTURES = (
@@ -114,10 +114,16 @@ class LayerSae:
         return self.sae.cfg.metadata.neuronpedia_id
 
     def code(
-        self, x: Float[Tensor, "token d_model"]
+        self, x: Float[Tensor, "token d_model"], *, encoding: str = "auto"
     ) -> tuple[SparseCodes, Float[Tensor, "token d_model"]]:
-        """Sparse codes of activations, and their reconstructions."""
-        return code(self.sae, x)
+        """Sparse codes of activations, and their reconstructions.
+
+        Args:
+            x: Activations of its hook point.
+            encoding: "auto", "dense" or "screened"; see `vlm_probe.codes.code`.
+        """
+        check_names("encoding", [encoding], ENCODINGS)
+        return code(self.sae, x, encoding=encoding)
 
     def save(self, folder: str | Path) -> None:
         """Writes it as sae-lens does, with its place, for `load_saes`."""
