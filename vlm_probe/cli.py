@@ -6,7 +6,7 @@ import json
 import sys
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -32,8 +32,13 @@ def probe(
     *,
     model: str | None = None,
     out: Path = Path("probe"),
+    checkpoint: Path | None = None,
+    checkpoint_every: float = 60.0,
+    on_error: Literal["record", "raise"] = "record",
 ) -> None:
     """Probe pictures, layer by layer.
+
+    `torchrun --nproc-per-node N -m vlm_probe probe ...` shares them among processes.
 
     Args:
         images: Pictures, or one conversation file in LLaVA's format (.json).
@@ -42,13 +47,30 @@ def probe(
         model: "toy", the embedded model (if no part is given either), "paper", the
             setup of arXiv 2506.11976, or a folder that a model was saved to.
         out: Folder for the tables and report.html.
+        checkpoint: Folder in which the run is kept; begun again, it goes on from there.
+        checkpoint_every: How often it is written, in seconds.
+        on_error: What is done about a picture that cannot be used: record lists it and
+            goes on, raise stops.
     """
     from vlm_probe.examples import read_examples
     from vlm_probe.probe import probe_layers
+    from vlm_probe.probe.shards import joined
 
     conversations = len(images) == 1 and images[0].suffix == ".json"
     examples = read_examples(images[0]) if conversations else list(images)
-    _finish(probe_layers(_load(model, parts), examples, settings), out)
+    with joined() as shard:
+        result = probe_layers(
+            _load(model, parts),
+            examples,
+            settings,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            on_error=on_error,
+        )
+    if shard.rank == 0:
+        _finish(result, out)
+    if result.partial:
+        sys.exit(_INTERRUPTED)
 
 
 @app.command
@@ -186,6 +208,8 @@ def _load(model: str | None, parts: Parts) -> VisionLanguageModel:
 
 def _finish(result: ProbeResult, out: Path) -> None:
     """Prints the layer table, and saves everything."""
+    if result.partial:
+        print(f"A PARTIAL RESULT: {result.meta['partial']}\n")
     print(result.table().to_string(index=False, float_format="%.4f"))
     if result.layers.condition.nunique() > 1:
         print("\nThe model beside its control arms:")
@@ -196,9 +220,15 @@ def _finish(result: ProbeResult, out: Path) -> None:
     print(f"\ntables in {out}, report: {result.report(out / 'report.html')}")
 
 
+_INTERRUPTED = 130
+"""Exit status of what Ctrl-C ended: 128 and the signal's number."""
+
+
 def main() -> None:
     """Runs `vlm-probe`."""
     try:
         app.cli(prog="vlm-probe", description="Where image tokens become language.")
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
     except (ValueError, TypeError, OSError) as error:
         sys.exit(f"vlm-probe: {error}")

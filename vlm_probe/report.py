@@ -125,7 +125,8 @@ def _facts(result: ProbeResult) -> str:
         "SAEs": _brief(saes),
         "Layers": f"{_brief(probed)} ({meta.get('hook_point', 'hook point unknown')})",
         "Images": f"{meta.get('n_images', layers['n_images'].max())} read, "
-        f"{len(result.failures)} failed",
+        f"{len(result.failures)} failed"
+        + (f"; PARTIAL, {meta['partial']}" if result.partial else ""),
         "Groups": ", ".join(layers["group"].unique()),
         "Conditions": ", ".join(layers["condition"].unique()),
         "Convention": settings.get("convention"),
@@ -134,8 +135,8 @@ def _facts(result: ProbeResult) -> str:
         "Words instead of images": _dict(meta.get("text_only_words"))
         and ", ".join(f"{n} {kind}" for kind, n in meta["text_only_words"].items()),
         "Seed": settings.get("seed"),
-        "Started": meta.get("started"),
-        "Took": meta.get("seconds") and f"{meta['seconds']} s",
+        "Started": result.timing.get("started"),
+        "Took": result.timing.get("seconds") and f"{result.timing['seconds']} s",
     }
     said = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(str(value))}</dd></div>\n"

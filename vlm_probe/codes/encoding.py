@@ -276,7 +276,7 @@ def _ordered(
     return SparseCodes(
         token[order],
         feature[order],
-        value[order].float(),
+        value[order],
         n_tokens,
         n_features,
         n_close,

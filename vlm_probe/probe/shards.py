@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -53,22 +54,23 @@ _PATIENCE = timedelta(days=7)
 """How long a process that is done waits for the others."""
 
 
-def join() -> None:
-    """Joins the processes that torchrun started; does nothing without it.
+@contextlib.contextmanager
+def joined() -> Iterator[Shard]:
+    """Joins the processes that torchrun started, and leaves them at the end.
 
-    Each takes the GPU of its number on its machine, if there are any.
+    Each takes the GPU of its number on its machine, if there are any. Alone, nothing
+    is done.
     """
-    if not dist.is_available() or not dist.is_torchelastic_launched():
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        yield Shard.current()
         return
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=_PATIENCE)
-
-
-def leave() -> None:
-    """Leaves the processes that `join` joined."""
-    if dist.is_available() and dist.is_initialized():
+        local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    dist.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield Shard.current()
+    finally:
         dist.destroy_process_group()
 
 
