@@ -18,7 +18,7 @@ from torchvision.transforms import (
     ToTensor,
 )
 
-from vlm_probe.vision.geometry import box_in_original
+from vlm_probe.vision.geometry import box_in_original, without_far_ends
 
 
 def test_a_crop_by_hand():
@@ -138,3 +138,106 @@ def test_a_step_that_is_not_known_is_refused(preprocess, step):
     assert "expected a Compose of CenterCrop, CenterCropOrPad, Resize" in str(
         raised.value
     )
+
+
+LEVELS = {"mean": (0,) * 3, "std": (1 / 255,) * 3}  # pixels from 0 to 255
+
+
+def noise(width, height):
+    """Not of all shades: interpolation would leave the range, and be cut off there.
+
+    Whether that happens along the rows or the columns first, Pillow decides by size.
+    """
+    rng = np.random.default_rng(width + height)
+    return Image.fromarray(rng.integers(64, 192, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("target", [32, 31, (24, 40), (40, 24)])
+@pytest.mark.parametrize(
+    "size",
+    [(20, 1500), (1500, 20), (21, 1501), (7, 1778), (1, 301), (50, 3333), (100, 9001)],
+)
+def test_a_very_long_picture_gives_the_same_pixels(size, target, interpolation):
+    preprocess = open_clip.image_transform(
+        target, is_train=False, interpolation=interpolation, **LEVELS
+    )
+    picture = noise(*size)
+    middle = without_far_ends(preprocess, picture)
+    assert max(middle.size) <= 40  # and nothing is left to resize
+    assert (preprocess(middle) - preprocess(picture)).abs().max() < 1.001  # of 255
+
+
+def test_the_crop_is_at_the_same_place_whatever_is_odd():
+    # Halves are rounded to the even neighbor, so that the middle may move by a pixel.
+    preprocess = open_clip.image_transform(16, is_train=False, **LEVELS)
+    for size in itertools.product((15, 16, 17), range(1200, 1216)):
+        picture = noise(*size)
+        middle = without_far_ends(preprocess, picture)
+        assert middle.size == (16, 16)
+        assert (preprocess(middle) - preprocess(picture)).abs().max() < 1.001, size
+    # A crop smaller than the shortest side, as timm has it.
+    preprocess = Compose([Resize(20), CenterCrop(15), ToTensor()])
+    for length in range(1200, 1216):
+        picture = noise(20, length)
+        middle = without_far_ends(preprocess, picture)
+        assert middle.size == (20, 20)
+        assert (preprocess(middle) - preprocess(picture)).abs().max() == 0
+
+
+def test_a_picture_that_is_not_very_long_is_left_alone():
+    shortest, squash, longest = (
+        open_clip.image_transform(32, is_train=False, resize_mode=mode)
+        for mode in ("shortest", "squash", "longest")
+    )
+    for preprocess in (shortest, squash, longest):
+        for size in [(1, 1), (32, 32), (640, 480), (20, 600)]:
+            picture = noise(*size)
+            assert without_far_ends(preprocess, picture) is picture
+    long = noise(1, 5000)
+    assert without_far_ends(squash, long) is long
+    for unknown in (
+        Compose([RandomHorizontalFlip(), Resize(8)]),
+        Compose([]),
+        np.array,
+    ):
+        assert without_far_ends(unknown, long) is long
+
+
+@pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (1, 20_000_000)])
+def test_a_very_long_picture_takes_little_memory(size, monkeypatch):
+    made, resize = [], Image.Image.resize
+
+    def spy(self, size, *given, **named):
+        made.append(size[0] * size[1])
+        return resize(self, size, *given, **named)
+
+    monkeypatch.setattr(Image.Image, "resize", spy)
+    preprocess = open_clip.image_transform(224, is_train=False, **LEVELS)
+    width, height = size
+    picture = Image.new("L", size)
+    middle = (width // 2, height // 2)
+    picture.paste(
+        200, tuple(max(0, at - 9) for at in middle) + tuple(at + 9 for at in middle)
+    )
+    pixels = preprocess(without_far_ends(preprocess, picture))
+    assert pixels.unique().tolist() == [pytest.approx(200)]
+    assert made == [224 * 224]
+    box = box_in_original(preprocess, (0.0, 0.0, 224.0, 224.0), size)
+    edges = [(at - 0.5, at + 0.5) if at else (0, 1) for at in middle]
+    assert np.array(box).reshape(2, 2).T.tolist() == np.array(edges).tolist()
+    assert made == [224 * 224]
+
+
+def test_a_side_that_would_vanish_is_kept_at_one_pixel():
+    # 1 x 300 at most 32 long is 32 x 0.1, rounded to none; the rest is padding.
+    preprocess = open_clip.image_transform(
+        32, is_train=False, resize_mode="longest", **LEVELS
+    )
+    picture = Image.new("RGB", (300, 1), (10, 20, 30))
+    with pytest.raises(ValueError, match="must be > 0"):
+        preprocess(picture)
+    pixels = preprocess(without_far_ends(preprocess, picture))
+    assert pixels[0].sum(1).tolist() == pytest.approx([0] * 15 + [320] + [0] * 16)
+    box = box_in_original(preprocess, (0.0, 15.0, 32.0, 16.0), (300, 1))
+    assert box == (0, 0, 300, 1)

@@ -339,6 +339,25 @@ def test_pictures_of_any_size_and_mode_are_taken():
     assert vision.encode(odd).shape == (3, 16, D_VISION)
 
 
+def test_a_very_long_picture_is_seen_as_it_was():
+    vision = tiny_vision()
+    rng = np.random.default_rng(0)
+    noise = rng.integers(64, 192, (1500, 20, 3), dtype=np.uint8)
+    for long in (Image.fromarray(noise), Image.fromarray(noise.swapaxes(0, 1))):
+        with torch.no_grad():
+            expected = vision.visual.forward_intermediates(
+                vision.preprocess(long)[None],
+                indices=[-1],
+                output_fmt="NLC",
+                intermediates_only=True,
+            )["image_intermediates"][0]
+        found = vision.encode([long])
+        assert (found - expected).abs().max() < 0.02 * expected.std()
+    longer = Image.new("RGB", (1, 50_000), "red")
+    plain = Image.new("RGB", (32, 32), "red")
+    assert torch.equal(vision.encode([longer]), vision.encode([plain]))
+
+
 def test_tokens_are_in_the_dtype_asked_for(tmp_path):
     folder = write_folder(tmp_path / "eye", open_clip.CLIP(**CONFIG), CONFIG)
     images = pictures(2)

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import json
+import struct
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
+import numpy as np
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What Pillow raises for a picture that cannot be read."""
+UNREADABLE = (OSError, ValueError)
+"""What `Example.picture` raises if there is no picture, or it cannot be read."""
+
+_DAMAGED = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    RuntimeError,
+    TypeError,
+    LookupError,
+    EOFError,
+    AssertionError,
+    struct.error,
+)
+"""What Pillow's readers raise for a damaged file or a closed one; each has its own."""
 
 
 @dataclass(frozen=True)
@@ -31,18 +47,49 @@ class Example:
     """Further questions and answers on the same picture, to train on."""
 
     def picture(self) -> Image.Image:
-        """The picture, read and converted to RGB.
+        """The picture in RGB, as a person sees it.
+
+        Turned as its EXIF orientation says, so that all that is said of places in a
+        picture, by `vision.patch_box` too, counts pixels of the turned one. On white
+        where it is transparent. Shades of 16 or 32 bits are scaled to 8. Of an
+        animation, the first frame.
 
         Raises:
             ValueError: The example has no picture.
-            OSError: The file is not there or is no picture.
+            OSError: The file is not there, is no picture or is damaged; the words name
+                it and say which.
         """
+        try:
+            return self._read()
+        except Warning:
+            # Where warnings are errors, a picture that can be seen is still seen.
+            # Elsewhere filters stay untouched: they are shared between threads.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return self._read()
+
+    def _read(self) -> Image.Image:
         if self.image is None:
             raise ValueError("the example has no picture")
-        if isinstance(self.image, Image.Image):
-            return self.image.convert("RGB")
-        with Image.open(self.image) as opened:
-            return opened.convert("RGB")
+        in_memory = isinstance(self.image, Image.Image)
+        where = "the picture in memory" if in_memory else str(self.image)
+        try:
+            if isinstance(self.image, Image.Image):
+                return _as_seen(self.image)
+            with Image.open(self.image) as opened:
+                return _as_seen(opened)
+        except Image.DecompressionBombError as error:
+            raise OSError(
+                f"{where} is too large: {error} If it can be trusted, set "
+                "PIL.Image.MAX_IMAGE_PIXELS = None"
+            ) from error
+        except _DAMAGED as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the system's own words, such as "Permission denied: 'a.png'"
+            if isinstance(error, UnidentifiedImageError) and not in_memory:
+                raise UnidentifiedImageError(_unidentified(where)) from error
+            said = str(error) or "its file was closed before it was read"
+            raise OSError(f"{where} is cut off or damaged: {said}") from error
 
 
 def as_examples(images: Iterable) -> Iterator[Example]:
@@ -131,6 +178,74 @@ def data_folder() -> Path:
     package = Path(__file__).parent
     inside = package / "data"
     return inside if inside.is_dir() else package.parent / "data"
+
+
+def _as_seen(image: Image.Image) -> Image.Image:
+    """The RGB picture that a person sees: upright, on white, in 8 bits a channel."""
+    if 0 in image.size:
+        raise ValueError(f"its width and height are {image.size}")
+    _scale_clear_shade(image)
+    image.load()
+    try:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, ValueError, struct.error):
+        turned = 1  # as viewers show a picture whose EXIF is damaged
+    image = _in_8_bits(image)
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        seen = Image.new("RGB", image.size, "white")
+        seen.paste(layer, mask=layer)
+    else:
+        seen = image.convert("RGB")
+    # What was said of the file's pixels does not hold of these. Nor is the old EXIF to
+    # be written anew, which fails where any part of it is damaged.
+    seen.info.clear()
+    seen.getexif()[ExifTags.Base.Orientation] = turned
+    ImageOps.exif_transpose(seen, in_place=True)
+    return seen
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """Shades of 16 or 32 bits scaled to 8, which `convert` would cut off at 255.
+
+    No format says what is white in 32 bits: it is taken to be the least of 1 (of
+    fractions only), 255 and 65,535 that no pixel exceeds, or else the brightest pixel.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    shades = np.array(image, np.float32)
+    shades[~np.isfinite(shades)] = 0
+    brightest = float(shades.max())
+    usual = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
+    white = next((shade for shade in usual if brightest <= shade), brightest)
+    scaled = (shades / (white / 255)).round().clip(0, 255)
+    if "transparency" in image.info:
+        scaled[shades == image.info["transparency"]] = 255
+    return Image.fromarray(scaled.astype(np.uint8))
+
+
+def _scale_clear_shade(image: Image.Image) -> None:
+    """Brings the shade of gray that a PNG calls transparent to 8 bits.
+
+    Pillow does so to pixels of 2 and 4 bits, while it leaves this shade as it is.
+    """
+    tiles = image.tile if isinstance(image, ImageFile.ImageFile) else []
+    factor = {"L;2": 85, "L;4": 17}.get(str(tiles[0].args)) if tiles else None
+    if factor and "transparency" in image.info:
+        image.info["transparency"] *= factor
+
+
+def _unidentified(path: str) -> str:
+    with Path(path).open("rb") as file:
+        head = file.read(16)
+    if not head:
+        return f"{path} is empty: the file has 0 bytes"
+    size = Path(path).stat().st_size
+    return (
+        f"cannot identify image file {path}: its {size} bytes begin with {head!r}; it "
+        "is no picture, is cut off, or needs a plugin of Pillow, such as pillow_heif "
+        "for HEIC; converted to PNG it can be read"
+    )
 
 
 def _row(path: Path, index: int, row: object, folder: Path) -> Example:

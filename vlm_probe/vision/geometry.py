@@ -3,11 +3,13 @@
 Preprocessing moves pixels by resizing, cropping and padding only, so along each axis
 the original position is `offset + scale * position`. Both numbers are found by
 following the real transforms step by step, not from what a config says of them.
+They also tell which ends of a very long picture are cut off, and need not be resized.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
 from open_clip.transform import CenterCropOrPad, ResizeKeepRatio
@@ -29,6 +31,8 @@ _IN_PLACE = {
     "_convert_to_rgb",  # open_clip's, before version 2.24
 }
 """Steps that leave every pixel where it is."""
+_FAR_MORE = 32
+"""So many times what is kept may be resized only to be cut off: up to about 1 : 32."""
 
 
 def box_in_original(
@@ -44,7 +48,8 @@ def box_in_original(
     Args:
         preprocess: As open_clip, torchvision or OpenAI compose it.
         box: In pixels of the preprocessed picture.
-        original_size: Width and height of the original, as PIL gives them.
+        original_size: Width and height of the original, as PIL gives them, after it was
+            turned as its EXIF orientation says.
 
     Returns:
         The box in pixels of the original, cut off at its borders: a box that lies in
@@ -68,6 +73,32 @@ def box_in_original(
     return left, top, right, bottom
 
 
+def without_far_ends(
+    preprocess: Callable[[Image.Image], Tensor], picture: Image.Image
+) -> Image.Image:
+    """The picture, or its middle if preprocessing would resize far more than it keeps.
+
+    A picture of 1 x 5,000, its shortest side resized to 224, has 250 million pixels. Of
+    such a one the middle is resized here, to the pixels that it would have had there:
+    preprocessing finds nothing left to resize, and crops it at the same place.
+    """
+    resize, crop, *_ = (*_steps(preprocess), None, None)
+    if not (isinstance(resize, _RESIZES) and isinstance(crop, _CROPS)):
+        return picture
+    outline = resize(_Outline(picture.size))
+    width, height = outline.size
+    resized, wanted = (max(1, width), max(1, height)), crop.size[::-1]
+    # No shorter than its shortest side, or else the resize would enlarge it again.
+    shortest = min(resized)
+    kept = [min(r, max(shortest, w)) for r, w in zip(resized, wanted, strict=True)]
+    if outline.size == resized and width * height <= _FAR_MORE * math.prod(kept):
+        return picture
+    windows = map(_window, picture.size, resized, kept, wanted)
+    (left, right, start, end), (top, bottom, begin, stop) = windows
+    middle = picture.crop((left, top, right, bottom))
+    return middle.resize(tuple(kept), outline.resample, box=(start, begin, end, stop))
+
+
 @lru_cache(maxsize=256)
 def _placement(
     preprocess: Callable[[Image.Image], Tensor], size: tuple[int, int]
@@ -77,8 +108,8 @@ def _placement(
     for step in _steps(preprocess):
         if isinstance(step, _RESIZES):
             # Asked for what it does: each kind has its own way of rounding.
-            width, height = step(Image.new("L", size)).size
-            after = width, height
+            width, height = step(_Outline(size)).size
+            after = max(1, width), max(1, height)
             moved = zip(axes, size, after, strict=True)
             axes = [(offset, scale * old / new) for (offset, scale), old, new in moved]
         elif isinstance(step, _CROPS):
@@ -99,12 +130,44 @@ def _placement(
     return axes
 
 
+class _Outline(Image.Image):
+    """A size without pixels, to be told what a resize would make of a picture."""
+
+    def __init__(self, size: tuple[int, int], resample: int | None = None) -> None:
+        super().__init__()
+        self._mode, self._size = "RGB", size  # set so by Pillow's plugins
+        self.resample = resample
+
+    def resize(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, size: Sequence[int], resample: int | None = None
+    ) -> _Outline:
+        width, height = size
+        return _Outline((width, height), resample)
+
+
 def _steps(preprocess: Callable) -> Iterator[Callable]:
     if isinstance(preprocess, Compose):
         for step in preprocess.transforms:
             yield from _steps(step)
     else:
         yield preprocess
+
+
+def _window(
+    length: int, resized: int, kept: int, cropped: int
+) -> tuple[int, int, float, float]:
+    """Which pixels of an axis to cut out, and which part of those becomes `kept`.
+
+    Cut out first, since Pillow takes the part in single precision, and a little wider:
+    interpolation looks past it by three pixels at most, of the smaller picture.
+    """
+    scale = length / resized
+    margin = _margin(resized, cropped) - _margin(kept, cropped)
+    start, end = scale * margin, min(scale * (margin + kept), float(length))
+    reach = 4 * max(1.0, scale)
+    first, last = math.floor(start - reach), math.ceil(end + reach)
+    first, last = max(0, first), min(length, last)
+    return first, last, start - first, end - first
 
 
 def _margin(length: int, kept: int) -> int:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from vlm_probe.vision.geometry import Box, box_in_original
+from vlm_probe.vision.geometry import Box, box_in_original, without_far_ends
 from vlm_probe.vision.origin import Origin, activation_mismatch, computes_quick_gelu
 from vlm_probe.vision.sources import find_source
 from vlm_probe.vision.towers import build_tower, fill_tower, preprocess_of, write_tower
@@ -184,7 +184,8 @@ class VisionModel:
 
         Args:
             index: Of the patch, in the order of `encode`.
-            original_size: Width and height of the original, as PIL gives them.
+            original_size: Width and height of the original, as PIL gives them, after it
+                was turned as its EXIF orientation says.
 
         Returns:
             Left, top, right, bottom in pixels of the original, cut off at its borders:
@@ -217,7 +218,9 @@ class VisionModel:
 
     @torch.no_grad()
     def _features(self, images: Sequence[Image.Image], form: str) -> Tensor:
-        pixels = torch.stack([self.preprocess(image) for image in images])
+        pixels = torch.stack(
+            [self.preprocess(without_far_ends(self.preprocess, i)) for i in images]
+        )
         found = self.visual.forward_intermediates(
             pixels.to(self._weight.device, self._weight.dtype),
             indices=[self.block],
