@@ -1,0 +1,89 @@
+"""Blocks of examples: what is in them depends on nothing but their place."""
+
+import itertools
+
+import pytest
+from PIL import Image
+
+from vlm_probe.examples import Example
+from vlm_probe.probe.feed import Feed
+
+
+def examples(n, missing=()):
+    picture = Image.new("RGB", (4, 4))
+    return [
+        Example("nowhere.png" if i in missing else picture, id=f"e{i}")
+        for i in range(n)
+    ]
+
+
+def places(block):
+    return [index for index, _ in block.examples]
+
+
+def test_blocks_are_runs_of_places_whatever_can_be_read():
+    blocks = list(Feed(examples(7, missing=[0, 1, 4]), 3).read())
+    assert [places(b) for b in blocks] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [[i.index for i in b.items] for b in blocks] == [[2], [3, 5], [6]]
+    failures = [f for b in blocks for f in b.failures]
+    assert [(f.image, f.id) for f in failures] == [(0, "e0"), (1, "e1"), (4, "e4")]
+    assert "No such file" in failures[0].error
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_processes_take_blocks_by_turns_and_leave_none(size):
+    parts = [
+        [b.number for b in Feed(examples(10), 3).read(rank=rank, size=size)]
+        for rank in range(size)
+    ]
+    assert sorted(itertools.chain(*parts)) == [0, 1, 2, 3]
+    assert all(n % size == rank for rank, part in enumerate(parts) for n in part)
+
+
+def test_what_others_take_comes_with_the_block_behind_it():
+    blocks = list(Feed(examples(12), 2).read(rank=2, size=3))
+    assert [b.number for b in blocks] == [2, 5]
+    assert [[s.number for s in b.skipped] for b in blocks] == [[0, 1], [3, 4]]
+
+
+def test_going_on_from_a_block():
+    whole = list(Feed(examples(10), 3).read())
+    rest = list(Feed(examples(10), 3).read(2, whole[1].digest))
+    assert [places(b) for b in rest] == [places(b) for b in whole[2:]]
+    assert [b.digest for b in rest] == [b.digest for b in whole[2:]]
+    rest = list(Feed(examples(10), 3).read(3, whole[2].digest, rank=1, size=2))
+    assert [b.number for b in rest] == [3]
+
+
+def test_other_examples_are_refused():
+    after = list(Feed(examples(10), 3).read())[1].digest
+    for other in (examples(10)[1:], examples(4), examples(0)):
+        with pytest.raises(ValueError, match="the images are not those that the check"):
+            list(Feed(other, 3).read(2, after))
+
+
+def test_looking_ahead_takes_nothing():
+    feed = Feed(iter(examples(7, missing=[1])), 3)
+    ahead = feed.ahead()
+    assert [i.index for i in next(ahead).items] == [0, 2]
+    assert [i.index for i in next(ahead).items] == [3, 4, 5]
+    assert [places(b) for b in feed.ahead()] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert [places(b) for b in feed.read()] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert list(feed.ahead()) == []
+
+
+def test_only_the_next_block_is_read_meanwhile():
+    taken = []
+
+    def watched():
+        for example in examples(20):
+            taken.append(example.id)
+            yield example
+
+    blocks = Feed(watched(), 2).read()
+    next(blocks)
+    assert len(taken) == 4
+    next(blocks)
+    assert len(taken) == 6
+    blocks.close()
+    assert len(taken) == 6
