@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -209,6 +210,73 @@ def test_shuffled_images_are_the_vectors_of_the_image_before(model, pictures):
     np.testing.assert_allclose(a[list(METRICS)], b[list(METRICS)], rtol=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_the_image_before_is_found_whatever_the_batches(model, pictures, batch_size):
+    """Pictures that cannot be read are passed over, at the start and between."""
+    broken = Example("nowhere.png")
+    given = [broken, pictures[0], broken, broken, *pictures[1:4], broken]
+    shuffled = probe(
+        model, given, controls=["shuffled_images"], batch_size=batch_size
+    ).layers.query("condition == 'shuffled_images'")
+    donors = [pictures[i].image for i in (1, 0, 1, 2)]
+    swapped = [replace(e, image=d) for e, d in zip(pictures, donors, strict=False)]
+    direct = probe(model, swapped, groups=["image", "text_after_image"]).layers
+    np.testing.assert_allclose(
+        shuffled[list(METRICS)], direct[list(METRICS)], rtol=1e-4
+    )
+
+
+def test_each_group_alone_is_what_it_is_among_all(model, pictures):
+    whole = probe(model, pictures).layers
+    for group in GROUPS:
+        alone = probe(model, pictures, groups=[group]).layers
+        assert alone.group.unique().tolist() == [group]
+        np.testing.assert_allclose(
+            alone[list(METRICS)],
+            whole[whole.group == group][list(METRICS)],
+            rtol=1e-4,
+        )
+
+
+def test_nothing_is_computed_that_nobody_asked_for(model, pictures, monkeypatch):
+    """Neither words behind the picture, nor layers behind the last, nor logits."""
+    lengths, blocks = [], set()
+    hooked = model.language.hooked
+    prompt = model.language.chat.image_prompt(pictures[0].prompt, 16)
+    hooks = [
+        (f"blocks.{layer}.hook_resid_pre", lambda x, hook: blocks.add(hook.layer()))
+        for layer in range(LAYERS)
+    ]
+    hooks.append(("hook_embed", lambda x, hook: lengths.append(x.shape[1])))
+    monkeypatch.setattr(hooked.unembed, "forward", pytest.fail)
+    with hooked.hooks(hooks):
+        probe(model, pictures[:1], groups=["image"], layers=[0])
+    assert lengths == [prompt.image.stop]
+    assert blocks == {0}
+
+
+def test_screened_codes_give_the_same_tables(model, pictures):
+    """Slow without fast bfloat16 products, and right all the same."""
+    dense = probe(model, pictures, encoding="dense")
+    screened = probe(model, pictures, encoding="screened")
+    numbers = list(METRICS)
+    np.testing.assert_allclose(
+        screened.layers[numbers], dense.layers[numbers], rtol=1e-5
+    )
+    pd.testing.assert_frame_equal(screened.features, dense.features, rtol=1e-4)
+    assert screened.meta["n_close"] >= dense.meta["n_close"] == 0
+
+
+def test_time_is_told_by_stage(model, pictures, tmp_path):
+    result = probe(model, pictures)
+    stages = {"pictures", "vision", "language", "codes", "sums"}
+    assert set(result.timing["stages"]) == stages
+    assert sum(result.timing["stages"].values()) <= result.timing["seconds"] + 0.01
+    assert min(result.timing["stages"].values()) >= 0
+    again = type(result).load(result.save(tmp_path))
+    assert again.timing == result.timing
+
+
 def test_reference_texts_stand_in_for_captions(model, pictures):
     bare = [replace(e, caption=None) for e in pictures[:2]]
     with_words = [
@@ -238,6 +306,37 @@ def test_a_broken_picture_is_recorded_and_the_rest_goes_on(model, pictures, tmp_
     )
 
 
+def test_a_prompt_that_is_too_long_is_recorded_too(model, pictures):
+    long = replace(pictures[1], prompt="what is " * 60, id="long")
+    wordy = replace(pictures[1], caption="a red circle " * 40, id="wordy")
+    result = probe(model, [pictures[0], long, wordy, pictures[2]])
+    assert result.failures.id.tolist() == ["long", "wordy"]
+    assert result.failures.error[0].startswith(
+        "ValueError: a prompt of 140 tokens is longer than the 96 positions that the"
+    )
+    # Counted in no group, so that all are of the same pictures.
+    assert (result.layers.n_images == 2).all()
+    alone = probe(model, [wordy], groups=["image"])  # where its caption is not read
+    assert len(alone.failures) == 0
+
+
+def test_the_first_that_cannot_be_used_can_stop_the_run(model, pictures):
+    given = [
+        pictures[0],
+        Example("nowhere.png"),
+        replace(pictures[1], prompt="a " * 99),
+    ]
+    words = r"image 1, 'nowhere.png': FileNotFoundError: .*\(on_error=\"record\" lists"
+    with pytest.raises(ValueError, match=words):
+        probe(model, given, on_error="raise")
+    with pytest.raises(
+        ValueError, match="image 1, 'toy-0-1': ValueError: a prompt of 119"
+    ):
+        probe(model, given[::2], on_error="raise")
+    with pytest.raises(ValueError, match="unknown on_error 'skip'; valid: record, rai"):
+        probe(model, given, on_error="skip")
+
+
 def test_bad_input_is_named(model, pictures, tmp_path):
     with pytest.raises(ValueError, match="no images given"):
         probe(model, [])
@@ -246,7 +345,7 @@ def test_bad_input_is_named(model, pictures, tmp_path):
         probe(model, iter([pictures[0], np.zeros((8, 8, 3))]))
     with pytest.raises(TypeError, match="put it in a list"):
         probe(model, "a.png")
-    with pytest.raises(ValueError, match=r"none of 1 images could be read.*nowhere"):
+    with pytest.raises(ValueError, match=r"none of 1 images could be used.*nowhere"):
         probe(model, [tmp_path / "nowhere.png"])
     with pytest.raises(ValueError, match="unknown layer '9'; valid: 0, 1, 2"):
         probe(model, pictures, layers=[0, 9])

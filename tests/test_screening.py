@@ -11,6 +11,15 @@ from vlm_probe.codes.screening import Screen, Screened, screen_of
 from vlm_probe.saes import LayerSae
 
 ULP = 2.0**-24
+CROWDED = encoding._CROWDED
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _screening_decides():
+    """Not a dense product where much is near the threshold, as it all is here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoding, "_CROWDED", 1.0)
+        yield
 
 
 def jumprelu(weight, bias, threshold):
@@ -156,6 +165,7 @@ def test_what_is_degenerate():
 
 
 def test_where_too_many_are_proposed_it_is_dense(monkeypatch):
+    monkeypatch.setattr(encoding, "_CROWDED", CROWDED)
     sae, x = near_threshold(0, 40, 64, 600, 1.0, 0.0, 0.0, 0.0)
     sae.threshold.fill_(-1.0)  # half of all features fire
     dense, _ = code(sae, x, encoding="dense")
@@ -168,6 +178,7 @@ def test_where_too_many_are_proposed_it_is_dense(monkeypatch):
 
 def test_only_crowded_chunks_are_dense(monkeypatch):
     """Features 0-255 fire all the time, the others hardly."""
+    monkeypatch.setattr(encoding, "_CROWDED", CROWDED)
     sae, x = near_threshold(0, 40, 64, 1024, 1.0, 0.0, 0.0, 0.0)
     sae.threshold[:256] = -1.0
     sae.threshold[256:] = 3.0
@@ -199,6 +210,18 @@ def test_other_architectures(architecture):
     assert torch.equal(dense.feature, screened.feature)
     torch.testing.assert_close(dense.value, screened.value, atol=1e-5, rtol=0)
     torch.testing.assert_close(x_hat, x_hat_too, atol=1e-5, rtol=0)
+
+
+def test_what_rounding_decides_is_counted():
+    """Each feature's threshold is some token's own pre-activation, and nearly so."""
+    sae, x = near_threshold(0, 40, 64, 600, 1.0, 0.0, 0.0, 0.0)
+    codes, _ = code(sae, x, encoding="screened")
+    before, _ = exact(sae, x)
+    band = 2 * (64 + 2) * ULP * x.norm(dim=1)[:, None] * sae.W_enc.norm(dim=0)
+    off = (before - sae.threshold.clamp(min=0)).abs()
+    least, most = (int((off <= band * much).sum()) for much in (0.9, 1.1))
+    assert 300 < least <= codes.n_close <= most
+    assert code(sae, x, encoding="dense")[0].n_close == 0
 
 
 def test_changed_weights_are_seen():

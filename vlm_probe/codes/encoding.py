@@ -161,27 +161,26 @@ def _above_threshold(
     """Codes of an autoencoder whose features fire above a threshold of their own."""
     n_tokens, n_features = len(inner), gate.weight.shape[1]
     low = gate.low()
-    screened = screen and screen.of(inner, gate.bias, gate.least)
+    screened = None if screen is None else screen.of(inner, gate.bias, gate.least)
     found, n_close = [], 0
     for start, buffer in _chunks(n_tokens, n_features, inner):
         stop = start + buffer.shape[1]
-        proposed = screened and screened.candidates(start, stop)
-        pair = None if proposed is None else _where(proposed)
-        if pair is not None and len(pair[0]) <= _CROWDED * buffer.numel():
-            token, feature = pair[0], pair[1] + start
+        pairs = None
+        if screened is not None:
+            pairs = _where(screened.candidates(start, stop))
+            if len(pairs[0]) > _CROWDED * buffer.numel():
+                pairs = None
+        if screened is not None and pairs is not None:
+            token, feature = pairs[0], pairs[1] + start
             product = screened.products(token, feature)
+            off = product + gate.bias[feature] - gate.least[feature]
+            n_close += int((off.abs() <= screened.rounding(token, feature)).sum())
         else:
             torch.mm(inner, gate.weight[:, start:stop], out=buffer)
-            token, feature = _where(buffer > low[start:stop])
-            product = buffer[token, feature]
-            feature += start
-        before = product + gate.bias[feature]
-        least = gate.least[feature]
-        if screened:
-            band = screened.rounding(token, feature)
-            n_close += int(((before - least).abs() <= band).sum())
+            token, column = _where(buffer > low[start:stop])
+            feature, product = column + start, buffer[token, column]
         value = gate.value(product, feature)
-        fires = (before > least) & (value != 0)
+        fires = (product + gate.bias[feature] > gate.least[feature]) & (value != 0)
         found.append((token[fires], feature[fires], value[fires]))
     token, feature, value = (torch.cat(parts) for parts in zip(*found, strict=True))
     return _ordered(token, feature, value, n_tokens, n_features, n_close)

@@ -129,7 +129,7 @@ class Run:
                     "no images given; expected at least one picture or path"
                 )
             raise ValueError(
-                f"none of {len(failures)} images could be read; the first, "
+                f"none of {len(failures)} images could be used; the first, "
                 f"{failures[0].id!r}: {failures[0].error}"
             )
         of = "" if n_given is None else f" of {n_given}"
