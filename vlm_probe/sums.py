@@ -9,6 +9,8 @@ machines are added. Index 0 of the axis `replicate` is the estimate, weight 1 ea
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from jaxtyping import Float, Int
@@ -31,6 +33,70 @@ def bootstrap_weights(
     """
     drawn = [np.random.default_rng([seed, u]).poisson(1.0, replicates) for u in units]
     return np.concatenate([np.ones((1, len(units))), np.stack(drawn, 1)], dtype=float)
+
+
+@dataclass(frozen=True)
+class UnitSums:
+    """Sums over the tokens of each of some images."""
+
+    counts: Int[np.ndarray, " unit"]
+    """Tokens."""
+    scalars: Float[Tensor, "unit scalar"]
+    """Of what is measured at each token, in float64."""
+    vector: Float[Tensor, "unit d_model"]
+    """Of the activations, in float64."""
+
+    def after(self, first: UnitSums) -> UnitSums:
+        """Each image's sums moved to the next image, and `first` to the first one."""
+        return UnitSums(
+            np.concatenate([first.counts[:1], self.counts[:-1]]),
+            torch.cat([first.scalars[:1], self.scalars[:-1]]),
+            torch.cat([first.vector[:1], self.vector[:-1]]),
+        )
+
+
+def unit_sums(
+    x: Float[Tensor, "token d_model"],
+    x_hat: Float[Tensor, "token d_model"],
+    l0: Int[Tensor, " token"],
+    unit: Int[np.ndarray, " token"],
+    n_units: int,
+) -> UnitSums:
+    """Sums over the tokens of each image.
+
+    Args:
+        x: Activations.
+        x_hat: Their reconstructions.
+        l0: Non-zero features of each token.
+        unit: For each token, the image that it belongs to.
+        n_units: How many images there are.
+    """
+    # A row a unit, one where it has a token: sums over units are a product, which
+    # adds in the same order on every run, as scattering on a GPU would not.
+    real = {"dtype": torch.float64, "device": x.device}
+    belongs = np.arange(n_units)[:, None] == unit
+    to_units = torch.as_tensor(belongs, **real)
+    x, x_hat = x.to(**real), x_hat.to(**real)
+    off = x - x_hat
+    error, square, along = (
+        torch.linalg.vecdot(a, b) for a, b in ((off, off), (x, x), (x, x_hat))
+    )
+    norm = square.sqrt()
+    lengths = norm * torch.linalg.vector_norm(x_hat, dim=-1)
+    per_token = torch.stack(
+        [
+            torch.ones_like(norm),
+            error,
+            square,
+            error / square,
+            along / lengths.clamp(min=1e-300),
+            l0.to(**real),
+            norm,
+        ],
+        dim=1,
+    )
+    counts = np.bincount(unit, minlength=n_units)
+    return UnitSums(counts, to_units @ per_token, to_units @ x)
 
 
 class LayerSums:
@@ -72,38 +138,27 @@ class LayerSums:
             weights: Of `bootstrap_weights`.
             convention: "pooled" weighs every token alike, "paper" every image.
         """
-        counts = np.bincount(unit, minlength=weights.shape[1])
-        self.n_tokens += len(unit)
-        self.n_images += int((counts > 0).sum())
-        # A row a unit, one where it has a token: sums over units are a product, which
-        # adds in the same order on every run, as scattering on a GPU would not.
-        to_units = (np.arange(len(counts))[:, None] == unit).astype(float)
+        self.add_units(
+            unit_sums(x, x_hat, l0, unit, weights.shape[1]), weights, convention
+        )
+
+    def add_units(
+        self,
+        units: UnitSums,
+        weights: Float[np.ndarray, "replicate unit"],
+        convention: str = "pooled",
+    ) -> None:
+        """Adds some whole images by their `unit_sums`, as `add` does."""
+        self.n_tokens += int(units.counts.sum())
+        self.n_images += int((units.counts > 0).sum())
+        scalars, vector = units.scalars, units.vector
         if convention == "paper":
             # A token weighs one over its image's tokens: means of per-image means.
-            to_units /= np.maximum(counts, 1)[:, None]
-        real = {"dtype": torch.float64, "device": self._vector.device}
-        to_units, drawn = (torch.as_tensor(a, **real) for a in (to_units, weights))
-        x, x_hat = x.to(**real), x_hat.to(**real)
-        off = x - x_hat
-        error, square, along = (
-            torch.linalg.vecdot(a, b) for a, b in ((off, off), (x, x), (x, x_hat))
-        )
-        norm = square.sqrt()
-        lengths = norm * torch.linalg.vector_norm(x_hat, dim=-1)
-        per_token = torch.stack(
-            [
-                torch.ones_like(norm),
-                error,
-                square,
-                error / square,
-                along / lengths.clamp(min=1e-300),
-                l0.to(**real),
-                norm,
-            ],
-            dim=1,
-        )
-        self._scalars.addmm_(drawn, to_units @ per_token)
-        self._vector.addmm_(drawn, to_units @ x)
+            share = 1 / torch.from_numpy(units.counts).clamp(min=1).to(scalars)
+            scalars, vector = scalars * share[:, None], vector * share[:, None]
+        drawn = torch.from_numpy(weights).to(scalars)
+        self._scalars.addmm_(drawn, scalars)
+        self._vector.addmm_(drawn, vector)
 
     def merge(self, other: LayerSums) -> None:
         """Adds the sums of other images."""

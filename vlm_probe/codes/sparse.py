@@ -45,6 +45,16 @@ class SparseCodes:
             self.n_features,
         )
 
+    def then(self, other: SparseCodes) -> SparseCodes:
+        """These codes, and behind them those of other tokens."""
+        return SparseCodes(
+            torch.cat([self.token, other.token + self.n_tokens]),
+            torch.cat([self.feature, other.feature]),
+            torch.cat([self.value, other.value]),
+            self.n_tokens + other.n_tokens,
+            self.n_features,
+        )
+
 
 def peak_table(
     codes: SparseCodes, unit: Int[Tensor, " token"], n_units: int

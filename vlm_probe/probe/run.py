@@ -20,7 +20,7 @@ from vlm_probe.probe.clock import Clock
 from vlm_probe.probe.feed import Block, Failure, Feed, Item
 from vlm_probe.probe.prompts import Prompts
 from vlm_probe.probe.tally import Tallies, Tally
-from vlm_probe.probe.visit import Visit
+from vlm_probe.probe.visit import Coded, Visit
 from vlm_probe.result import ProbeResult
 from vlm_probe.settings import ProbeSettings
 from vlm_probe.sums import LayerSums
@@ -212,11 +212,12 @@ class Run:
         self.names |= {item.index: str(item.example.id) for item in items}
         if {"image", "text_after_image"} & set(self.settings.groups):
             prompts = [self._prompts.with_picture(item) for item in items]
+            pictured: dict[int, Coded] = {}
             for condition, vectors in self._arms.of(items, skipped):
-                self._read(items, prompts, vectors, condition)
+                self._read(items, prompts, vectors, condition, pictured)
         if "text_only" in self.settings.groups:
             prompts = [self._prompts.with_words(item) for item in items]
-            self._read(items, prompts, None, "model")
+            self._read(items, prompts, None, "model", {})
 
     def _read(
         self,
@@ -224,6 +225,7 @@ class Run:
         prompts: Sequence[Prompt],
         vectors: Float[Tensor, "image patch d_model"] | None,
         condition: str,
+        pictured: dict[int, Coded],
     ) -> None:
         visit = Visit(
             self.model,
@@ -234,6 +236,7 @@ class Run:
             images=[item.index for item in items],
             names=[str(item.example.id) for item in items],
             condition=condition,
+            pictured=pictured,
         )
         if not visit:
             return

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from vlm_probe.codes import SparseCodes, peak_table, strongest
 from vlm_probe.model import VisionLanguageModel
 from vlm_probe.probe.clock import Clock
-from vlm_probe.probe.tally import TOP, Tallies, Tally
+from vlm_probe.probe.tally import TOP, Tallies
 from vlm_probe.settings import ProbeSettings
-from vlm_probe.sums import bootstrap_weights
+from vlm_probe.sums import UnitSums, bootstrap_weights, unit_sums
 from vlm_probe.tokens import Prompt
 
 
@@ -45,6 +45,21 @@ class Places:
         return len(self.row)
 
 
+@dataclass(frozen=True)
+class Coded:
+    """What a layer's SAE made of a group's tokens."""
+
+    codes: SparseCodes
+    sums: UnitSums
+
+    def after(self, first: Coded) -> Coded:
+        """Moved from each image to the next; the first has its own."""
+        n_tokens = self.codes.n_tokens - first.codes.n_tokens
+        return Coded(
+            first.codes.then(self.codes.part(0, n_tokens)), self.sums.after(first.sums)
+        )
+
+
 class Visit:
     """What is done with each layer of a pass over some prompts."""
 
@@ -59,6 +74,7 @@ class Visit:
         images: Sequence[int],
         names: Sequence[str],
         condition: str,
+        pictured: dict[int, Coded],
     ) -> None:
         """Finds which tokens are wanted.
 
@@ -71,11 +87,15 @@ class Visit:
             images: Place in the run of each prompt's image.
             names: Its id, for messages.
             condition: Of the pass.
+            pictured: By layer, what was made of the image tokens under the condition
+                `model`, which fills it. Nothing before a picture differs between
+                prompts, and nothing behind it is seen by it: under `shuffled_images`,
+                the tokens of each image are those of the image before under `model`.
         """
         self._model, self._settings = model, settings
         self._tallies, self._clock = tallies, clock
         self._prompts, self._images, self._names = prompts, np.array(images), names
-        self._condition = condition
+        self._condition, self._pictured = condition, pictured
         self.n_close = 0
         """Pairs of token and feature within rounding of the threshold, so far."""
         found = [
@@ -83,11 +103,24 @@ class Visit:
             for group in settings.groups
         ]
         self._groups = [places for places in found if len(places)]
+        # Tokens of each group that are coded; of an image seen before, none.
+        self._lengths = [
+            len(places) // len(prompts) if self._is_shared(places) else len(places)
+            for places in self._groups
+        ]
         self._row, self._position = (
             torch.from_numpy(
-                np.concatenate([np.zeros(0, np.int64), *map(part, self._groups)])
+                np.concatenate(
+                    [np.zeros(0, np.int64)]
+                    + [
+                        getattr(places, part)[:length]
+                        for places, length in zip(
+                            self._groups, self._lengths, strict=True
+                        )
+                    ]
+                )
             ).to(model.language.device)
-            for part in (lambda g: g.row, lambda g: g.position)
+            for part in ("row", "position")
         )
         self._weights = bootstrap_weights(
             list(images), settings.replicates, settings.seed
@@ -107,29 +140,28 @@ class Visit:
             )
             self.n_close += codes.n_close
         with self._clock("sums"):
-            l0 = codes.l0()
-            stops = itertools.accumulate(map(len, self._groups))
-            for places, stop in zip(self._groups, stops, strict=True):
-                here = slice(stop - len(places), stop)
-                tally = self._tallies.of((layer, places.group, self._condition))
-                tally.sums.add(
-                    x[here],
-                    x_hat[here],
-                    l0[here],
-                    places.row,
-                    self._weights,
-                    convention=self._settings.convention,
+            l0, stop = codes.l0(), 0
+            for places, length in zip(self._groups, self._lengths, strict=True):
+                start, stop = stop, stop + length
+                here, unit = slice(start, stop), places.row[:length]
+                coded = Coded(
+                    codes.part(start, stop),
+                    unit_sums(x[here], x_hat[here], l0[here], unit, len(self._images)),
                 )
-                part = codes.part(here.start, here.stop)
-                self._add_features(tally, part, self._row[here], places)
+                if self._is_shared(places):
+                    coded = self._pictured[layer].after(coded)
+                elif places.group == "image" and self._condition == "model":
+                    self._pictured[layer] = coded
+                self._add(layer, places, coded)
 
-    def _add_features(
-        self,
-        tally: Tally,
-        codes: SparseCodes,
-        unit: Int[Tensor, " token"],
-        places: Places,
-    ) -> None:
+    def _is_shared(self, places: Places) -> bool:
+        return places.group == "image" and self._condition == "shuffled_images"
+
+    def _add(self, layer: int, places: Places, coded: Coded) -> None:
+        tally = self._tallies.of((layer, places.group, self._condition))
+        tally.sums.add_units(coded.sums, self._weights, self._settings.convention)
+        codes = coded.codes
+        unit = torch.from_numpy(places.row).to(codes.token.device)
         table = peak_table(codes, unit, len(self._prompts))
         tally.features.add(codes, table)
         best = strongest(codes, unit, table, self._settings.top_k)
