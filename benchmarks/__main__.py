@@ -34,6 +34,7 @@ _COLUMNS = {
     "cpu_seconds": "{:.2f}",
     "ratio_to_limit": "{:.2f}",
     "ratio_to_limit_reused": "{:.2f}",
+    "cpu_ratio_to_limit": "{:.2f}",
     "ratio_to_hooks": "{:.3f}",
     "peak_mb": "{:.0f}",
     "added_mb": "{:.0f}",
