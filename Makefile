@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint check notebooks toy figures browser clean
+.PHONY: help install demo test lint check bench notebooks toy figures browser clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -35,6 +35,9 @@ lint: install  ## format, lint and types, without the tests
 
 check: lint  ## lint, then test: what CI asks
 	$(MAKE) test
+
+bench: install  ## measure time and memory, some minutes; PARTS=contenders for less
+	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks $(PARTS)
 
 notebooks: install  ## execute every notebook
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest tests/test_notebooks.py
