@@ -13,15 +13,16 @@ from pathlib import Path
 
 import formats
 import hub
+import huggingface_hub
 import pytest
 import torch
 from tiny import tiny_model, tiny_sae
 
 import vlm_probe
-from vlm_probe.checkup import doctor
+from vlm_probe import checkup
 from vlm_probe.cli import main
 from vlm_probe.model import cheap_findings, identity
-from vlm_probe.saes import StreamedSaes, load_saes, loading, residency
+from vlm_probe.saes import StreamedSaes, load_saes, loading, memory, residency
 from vlm_probe.saes.memory import allowed, memory_at_hand
 from vlm_probe.weights import read_weights
 
@@ -71,10 +72,12 @@ def finish():
 
 
 def test_a_mapping_like_any_other():
-    saes = Shelf().streamed()
+    shelf = Shelf()
+    saes = shelf.streamed()
     assert (list(saes), len(saes)) == ([0, 1, 2, 3], 4)
     assert 3 in saes
     assert 4 not in saes
+    assert shelf.read_now == []
     for layer, sae in saes.items():
         assert sae.layer == layer
         assert torch.equal(sae.sae.W_enc, tiny_sae(layer).sae.W_enc)
@@ -164,6 +167,26 @@ def test_leaps_are_learned():
         finish()
     assert shelf.read_ahead == [2, 5, 4, 1, 4]
     assert shelf.read_now == [1, 4, 1]
+    assert shelf.alive() == 2
+
+
+def test_a_wrong_guess_is_waited_for_and_forgotten():
+    reading, most = set(), []
+
+    def slow(layer):
+        reading.add(layer)
+        most.append(len(reading))
+        time.sleep(0.1)
+        reading.remove(layer)
+        return tiny_sae(layer)
+
+    shelf = Shelf(6, slow)
+    saes = shelf.streamed()
+    for layer in (0, 3, 5):
+        assert saes[layer].layer == layer
+    assert (shelf.read_now, shelf.read_ahead[:2]) == ([0, 3, 5], [1, 4])
+    assert max(most) == 1
+    finish()
     assert shelf.alive() == 2
 
 
@@ -274,6 +297,13 @@ def test_streamed_and_held_are_the_same(folder, dtype):
         assert outline.model_name == held[layer].model_name
 
 
+def test_processing_is_told_and_not_warned_of(tmp_path):
+    write_saelens(tmp_path)
+    for how in ("memory", "streamed"):
+        for sae in load_saes(tmp_path, residency=how).values():
+            assert sae.processing == {"fold_ln": True}
+
+
 def test_reading_in_the_background_leaves_the_filters_of_warnings_alone(
     folder, monkeypatch
 ):
@@ -315,11 +345,15 @@ def test_a_thread_of_its_own_reads_pickles_without_filters(tmp_path):
         pool.submit(read_weights, tmp_path / "odd.pt").result()
 
 
-def test_a_release_is_streamed_too(tmp_path, monkeypatch):
-    import huggingface_hub
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub")
+    )
+    return tmp_path / "hub"
 
-    cache = tmp_path / "hub"
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+
+def test_a_release_is_streamed_too(cache):
     repo = formats.cached(cache, "jbloom/GPT2-Small-SAEs-Reformatted")
     for layer in (4, 5, 6):
         hook = f"blocks.{layer}.hook_resid_pre"
@@ -331,6 +365,19 @@ def test_a_release_is_streamed_too(tmp_path, monkeypatch):
         assert torch.equal(sae.sae.W_dec, formats.weights(layer)["W_dec"])
         assert sae.processing == {"center_writing_weights": True}
         assert sae.neuronpedia_id == f"gpt2-small/{layer}-res-jb"
+
+
+def test_processing_that_only_a_releases_file_tells_is_kept(cache):
+    release = "gemma-2-2b-res-matryoshka-dc"
+    repo_id = "chanind/gemma-2-2b-batch-topk-matryoshka-saes-w-32k-l0-40"
+    hook, told = "blocks.4.hook_resid_post", {"fold_ln": True}
+    formats.write_saelens(
+        formats.cached(cache, repo_id) / "standard" / hook,
+        formats.weights(),
+        hook_name=hook,
+        metadata={"model_from_pretrained_kwargs": told},
+    )
+    assert load_saes(release, layers=[4])[4].processing == told
 
 
 # Mapped files
@@ -506,8 +553,17 @@ def test_nothing_limits_where_there_are_no_groups(tmp_path):
     assert allowed(tmp_path / "cgroup", tmp_path) == sys.maxsize
 
 
-def test_this_machine_has_some_memory():
+def test_this_machine_has_some_memory(monkeypatch):
     assert 0 < memory_at_hand("cpu") < 2**50
+    monkeypatch.setattr(memory, "allowed", lambda: 1000)
+    assert memory_at_hand("cpu") == 1000
+
+
+def test_on_a_gpu_what_pytorch_keeps_for_itself_is_free(monkeypatch):
+    told = {"mem_get_info": (10, 100), "memory_reserved": 7, "memory_allocated": 4}
+    for name, said in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda _, said=said: said)
+    assert memory_at_hand("cuda:0") == 10 + 7 - 4
 
 
 # A whole model
@@ -578,12 +634,16 @@ def test_what_needs_no_weights_reads_none():
     assert 2 not in shelf.read_now + shelf.read_ahead
 
 
-def test_the_doctor_counts_two():
+def test_the_doctor_counts_two(monkeypatch):
+    monkeypatch.setattr(checkup, "_size", str)
     model, _ = streamed_model()
-    found = {f.check: f.said for f in doctor(model, quiet=True)}
     one = 4 * (2 * 16 * 64 + 2 * 64 + 16)
-    assert f"two SAEs of 3 {2 * one / 2**20:.1f} MiB" in found["memory"]
-    assert "SAEs of" not in doctor(tiny_model(), quiet=True)[-1].said
+    for examined, words in (
+        (model, f" two SAEs of 3 {2 * one},"),
+        (tiny_model(), f" SAEs {3 * one},"),
+    ):
+        found = {f.check: f.said for f in checkup.doctor(examined, quiet=True)}
+        assert words in found["memory"]
 
 
 def test_a_streamed_model_is_saved_whole(stack, folder, tmp_path):
@@ -624,7 +684,7 @@ def through_data(sae):
 
 
 def replaced(sae):
-    sae.b_dec.data = sae.b_dec.data.flip(0)
+    sae.b_dec.data = sae.b_dec.data.roll(2)  # which leaves the sum as it is
 
 
 @pytest.mark.parametrize("change", [shift, shuffle, through_data, replaced])

@@ -29,6 +29,10 @@ class StreamedSaes(Mapping[int, LayerSae]):
     layer that followed this one last time, at first the next in order, and the first
     after the last, for so batches go through the layers.
 
+    Files in sae-lens' own format are mapped where they hold what is computed in, on the
+    CPU; their pages are touched ahead. All others are converted ahead, and copied to the
+    GPU, in line with what is computed there.
+
     An SAE is read anew each time, so what is changed in one goes with it. For one
     consumer at a time. A caller who keeps what was given holds more.
     """
@@ -59,7 +63,6 @@ class StreamedSaes(Mapping[int, LayerSae]):
         if self._given is None or self._given[0] != layer:
             if self._given is not None:
                 self._next[self._given[0]] = layer
-            self._given = None  # first, so that never three are held
             self._given = layer, self._take(layer)
         if self._ahead is None and (following := self._next[layer]) != layer:
             pool = ThreadPoolExecutor(1, "vlm_probe-sae")
