@@ -29,9 +29,9 @@ class StreamedSaes(Mapping[int, LayerSae]):
     layer that followed this one last time, at first the next in order, and the first
     after the last, for so batches go through the layers.
 
-    Files in sae-lens' own format are mapped where they hold what is computed in, on the
-    CPU; their pages are touched ahead. All others are converted ahead, and copied to the
-    GPU, in line with what is computed there.
+    On the CPU, files in sae-lens' own format and in the dtype asked for are mapped, not
+    copied, and reading ahead touches their pages. All else is converted ahead, and for
+    a GPU copied there, behind what it is given to compute meanwhile.
 
     An SAE is read anew each time, so what is changed in one goes with it. For one
     consumer at a time. A caller who keeps what was given holds more.
