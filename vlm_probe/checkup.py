@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import nn
 
 from vlm_probe.model import Finding, VisionLanguageModel, cheap_findings
+from vlm_probe.saes import LayerSae, StreamedSaes, outlines
 from vlm_probe.settings import ProbeSettings
 from vlm_probe.sums import LayerSums, bootstrap_weights
 from vlm_probe.tokens import Prompt, ranges
@@ -232,11 +233,12 @@ def _said_of(
 def _memory(model: VisionLanguageModel, settings: ProbeSettings) -> Iterator[Finding]:
     """What the weights take, and what a probe with these settings adds."""
     language = model.language
+    saes, sizes = _resident(model.saes)
     weights = {
         "vision": _bytes(model.vision.visual),
         "adapter": _bytes(model.adapter),
         "language": _bytes(language.hooked),
-        "SAEs": sum(_bytes(sae.sae) for sae in model.saes.values()),
+        saes: sum(sizes),
     }
     layers = len(model.saes if settings.layers is None else settings.layers)
     pictured = {"image", "text_after_image"} & {*settings.groups}
@@ -244,7 +246,7 @@ def _memory(model: VisionLanguageModel, settings: ProbeSettings) -> Iterator[Fin
     cases += "text_only" in settings.groups
     rows, columns = model.vision.grid
     tokens = settings.batch_size * (rows * columns + 64)
-    width = max(sae.n_features for sae in model.saes.values())
+    width = max(sae.n_features for sae in outlines(model.saes).values())
     kept = (settings.replicates + 1) * language.d_model + 4 * width
     sums = 8 * layers * cases * kept
     # A layer's dense codes and their products, once; its stream in a few copies.
@@ -252,6 +254,14 @@ def _memory(model: VisionLanguageModel, settings: ProbeSettings) -> Iterator[Fin
     weights |= {"sums": sums, "a batch": batch}
     said = ", ".join(f"{name} {_size(n)}" for name, n in weights.items())
     yield Finding("memory", "note", f"about {_size(sum(weights.values()))}: {said}")
+
+
+def _resident(saes: Mapping[int, LayerSae]) -> tuple[str, list[int]]:
+    """Which SAEs are in memory at once, and the bytes of each; the largest, if some."""
+    sizes = sorted(sae.n_bytes for sae in outlines(saes).values())
+    if isinstance(saes, StreamedSaes):
+        return f"two SAEs of {len(sizes)}", sizes[-2:]
+    return "SAEs", sizes
 
 
 def _longest(model: VisionLanguageModel, texts: Sequence[str]) -> Prompt:

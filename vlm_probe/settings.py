@@ -12,6 +12,7 @@ from vlm_probe.tokens import (
     ENCODINGS,
     GROUPS,
     HOOK_POINTS,
+    RESIDENCIES,
     check_names,
 )
 
@@ -101,6 +102,9 @@ class Parts:
     """Which SAEs where there are several sparsities: the nearest to this L0."""
     hook_point: str | None = None
     """Which SAEs where there are several: resid_pre, resid_mid or resid_post."""
+    sae_residency: str | None = None
+    """Where SAEs are: memory (all of them), streamed (the one in use, and the next read
+    ahead), auto (the first if it leaves half of the memory free); auto if not given."""
     vision_block: int | None = None
     """After which block patch tokens are taken: -1 the last, -2 the one before, as
     LLaVA does; what the adapter's file says if not given, else the last."""
@@ -124,6 +128,7 @@ class Parts:
             ("backend", BACKENDS),
             ("dtype", DTYPES),
             ("hook_point", HOOK_POINTS),
+            ("sae_residency", RESIDENCIES),
         ):
             if (given := getattr(self, name)) is not None:
                 check_names(name, [given], valid)

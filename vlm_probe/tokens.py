@@ -31,6 +31,9 @@ BACKENDS = ("auto", "hooked", "bridge")
 """How a language model is run: a HookedTransformer, a TransformerBridge, or the first
 where it computes the same."""
 
+RESIDENCIES = ("auto", "memory", "streamed")
+"""Where SAEs are: all in memory, or read layer by layer; or what the memory allows."""
+
 HOOK_POINTS = ("resid_pre", "resid_mid", "resid_post")
 """Where a block's residual stream is read: before it, between attention and MLP, and
 after it."""

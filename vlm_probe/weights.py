@@ -9,6 +9,7 @@ import pickle
 import pickletools
 import re
 import struct
+import threading
 import warnings
 import zipfile
 from pathlib import Path
@@ -141,10 +142,12 @@ def _is_script(file: Path) -> bool:
 
 
 def _unpickle(file: Path) -> object:
+    # Of pickle protocols and TorchScript: said below if it comes to nothing. Filters
+    # are the whole process's, so what reads in the background leaves them alone.
+    front = threading.current_thread() is threading.main_thread()
+    quiet = warnings.catch_warnings(action="ignore", category=UserWarning)
     try:
-        with warnings.catch_warnings():
-            # Of pickle protocols and TorchScript: said below if it comes to nothing.
-            warnings.simplefilter("ignore", UserWarning)
+        with quiet if front else contextlib.nullcontext():
             return torch.load(file, map_location="cpu", weights_only=True)
     except (*_DAMAGED, pickle.UnpicklingError) as error:
         raise ValueError(f"{file} {_why_not(file, str(error))}") from error

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vlm_probe.model.joined import VisionLanguageModel
+from vlm_probe.saes import outlines
 from vlm_probe.tokens import ranges
 
 VERDICTS = ("ok", "note", "warning", "wrong")
@@ -39,7 +40,7 @@ def cheap_findings(model: VisionLanguageModel) -> list[Finding]:
 def _fit(model: VisionLanguageModel) -> Iterator[Finding]:
     """Widths and hook points; what does not fit is refused when parts are joined."""
     layers = sorted(model.saes)
-    features = ranges(sae.n_features for sae in model.saes.values())
+    features = ranges(sae.n_features for sae in outlines(model.saes).values())
     yield Finding(
         "widths",
         "ok",
@@ -66,7 +67,11 @@ def _processing(model: VisionLanguageModel) -> Iterator[Finding]:
         return
     # Folded norms leave the stream as it is; the mean taken out does not.
     shown = has & {"center_writing_weights"}
-    wanted = {n for n, on in next(iter(model.saes.values())).processing.items() if on}
+    wanted = {
+        n
+        for n, on in next(iter(outlines(model.saes).values())).processing.items()
+        if on
+    }
     wanted &= {"center_writing_weights"}
     told = [", ".join(sorted(names)) or "none" for names in (shown, wanted)]
     if shown == wanted:
@@ -113,7 +118,7 @@ def _beginning(model: VisionLanguageModel) -> Iterator[Finding]:
     """Whether prompts begin as the language model was trained to read."""
     tokenizer = model.language.tokenizer
     begins = tokenizer.bos_token_id
-    asked = any(sae.prepend_bos for sae in model.saes.values())
+    asked = any(sae.prepend_bos for sae in outlines(model.saes).values())
     if begins is None:
         yield Finding("beginning of text", "ok", "the tokenizer has no such token")
         return
@@ -135,7 +140,7 @@ def _beginning(model: VisionLanguageModel) -> Iterator[Finding]:
 
 def _origin(model: VisionLanguageModel) -> Iterator[Finding]:
     """The models that the SAEs and the adapter say they were trained with."""
-    named = {sae.model_name for sae in model.saes.values()} - {None}
+    named = {sae.model_name for sae in outlines(model.saes).values()} - {None}
     # A saved model keeps its language model in a folder of another name.
     names = (model.language.name, model.name)
     for name in sorted(map(str, named)):

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vlm_probe.adapter import Adapter, load_adapter
 from vlm_probe.examples import data_folder
 from vlm_probe.language import DEFAULT_PROMPT, LanguageModel
 from vlm_probe.language.hooked import PROCESSING
-from vlm_probe.saes import LayerSae, load_saes
+from vlm_probe.model.identity import digest
+from vlm_probe.saes import LayerSae, load_saes, outlines
 from vlm_probe.settings import PRESETS, Parts
 from vlm_probe.vision import VisionModel
 from vlm_probe.weights import read_json
@@ -54,7 +54,7 @@ class VisionLanguageModel:
             )
         if not self.saes:
             raise ValueError("no SAE given; at least one layer needs one")
-        for layer, sae in self.saes.items():
+        for layer, sae in outlines(self.saes).items():
             if sae.hook_point != self.hook_point:
                 raise ValueError(
                     f"SAE {sae.name!r} is for {sae.hook_point}, others for "
@@ -80,7 +80,7 @@ class VisionLanguageModel:
     @property
     def hook_point(self) -> str:
         """Where in its blocks the residual stream is read, the same for all SAEs."""
-        return next(iter(self.saes.values())).hook_point
+        return next(iter(outlines(self.saes).values())).hook_point
 
     def save(self, folder: str | Path) -> Path:
         """Writes all parts to a folder that `load` reads, with their weights.
@@ -97,8 +97,8 @@ class VisionLanguageModel:
         self.language.save(folder / "language")
         self.vision.save(folder / "vision")
         self.adapter.save(folder / "adapter.safetensors")
-        for layer, sae in self.saes.items():
-            sae.save(folder / "saes" / f"layer_{layer}")
+        for layer in self.saes:
+            self.saes[layer].save(folder / "saes" / f"layer_{layer}")
         (folder / _TEXTS).write_text("\n".join(self.reference_texts) + "\n")
         about = {
             "name": self.name,
@@ -113,18 +113,18 @@ class VisionLanguageModel:
         return folder
 
     def identities(self) -> dict[str, dict[str, str]]:
-        """Name and SHA-256 of the weights of each part."""
-        parts = {
-            "vision": (self.vision.name, self.vision.visual),
-            "adapter": ("adapter", self.adapter),
-            "language": (self.language.name, self.language.hooked),
-        } | {
-            f"sae of layer {layer}": (sae.name, sae.sae)
-            for layer, sae in sorted(self.saes.items())
+        """Name and SHA-256 of the weights of each part; hashed anew if changed."""
+        found = {
+            "vision": (self.vision.name, digest(self.vision.visual)),
+            "adapter": ("adapter", digest(self.adapter)),
+            "language": (self.language.name, digest(self.language.hooked)),
         }
+        for layer, sae in sorted(outlines(self.saes).items()):
+            hashed = digest(sae.sae, lambda layer=layer: self.saes[layer].sae)
+            found[f"sae of layer {layer}"] = sae.name, hashed
         return {
-            part: {"name": name, "sha256": _digest(module)}
-            for part, (name, module) in parts.items()
+            part: {"name": name, "sha256": hashed}
+            for part, (name, hashed) in found.items()
         }
 
 
@@ -187,7 +187,7 @@ _FOUR = ("language", "vision", "adapter", "saes")
 _CONCERNS = {
     "language": ("backend", "dtype", "default_prompt"),
     "vision": ("vision_block",),
-    "saes": ("sae_layers", "sae_width", "sae_l0", "hook_point"),
+    "saes": ("sae_layers", "sae_width", "sae_l0", "sae_residency", "hook_point"),
 }
 """What is said of a part as it is loaded."""
 _DESCRIPTION, _TEXTS = "model.json", "reference_texts.txt"
@@ -258,6 +258,7 @@ def _joined(
             l0=wanted.sae_l0,
             hook_point=wanted.hook_point,
             device=device,
+            residency=wanted.sae_residency or "auto",
         )
     )
     if not isinstance(language, LanguageModel):
@@ -305,7 +306,7 @@ def _processing(saes: Mapping[int, LayerSae]) -> dict[str, bool]:
     # Beside it, metadata may name a dtype or devices, which are ours to choose.
     asked = {
         layer: {name: True for name in PROCESSING if sae.processing.get(name)}
-        for layer, sae in saes.items()
+        for layer, sae in outlines(saes).items()
     }
     first = next(iter(asked), None)
     if differing := [layer for layer in asked if asked[layer] != asked[first]]:
@@ -319,13 +320,3 @@ def _processing(saes: Mapping[int, LayerSae]) -> dict[str, bool]:
 
 def _lines(file: Path) -> tuple[str, ...]:
     return tuple(filter(None, file.read_text().splitlines()))
-
-
-def _digest(module: nn.Module) -> str:
-    found = hashlib.sha256()
-    state: dict[str, Tensor] = module.state_dict()
-    for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.flatten().view(torch.uint8).numpy())
-    return found.hexdigest()

@@ -22,6 +22,7 @@ from vlm_probe.probe.prompts import Prompts
 from vlm_probe.probe.tally import Tallies, Tally
 from vlm_probe.probe.visit import Coded, Visit
 from vlm_probe.result import ProbeResult
+from vlm_probe.saes import encoding_of, outlines
 from vlm_probe.settings import ProbeSettings
 from vlm_probe.sums import LayerSums
 from vlm_probe.tokens import Prompt, check_names
@@ -64,6 +65,7 @@ class Run:
         language, texts = self.model.language, "\n".join(self.model.reference_texts)
         return {
             "settings": asdict(self.settings),
+            "encoding": encoding_of(self.model.saes, self.settings.encoding),
             "layers": self.layers,
             "hook_point": self.model.hook_point,
             "parts": self.model.identities(),
@@ -142,6 +144,7 @@ class Run:
             "model": self.model.name,
             "parts": self.model.identities(),
             "settings": asdict(self.settings),
+            "encoding": encoding_of(self.model.saes, self.settings.encoding),
             "layers": self.layers,
             "hook_point": self.model.hook_point,
             "n_layers": self.model.language.n_layers,
@@ -250,7 +253,7 @@ class Run:
         return [item for item in block.items if not self._prompts.too_long(item)]
 
     def _empty(self, layer: int) -> Tally:
-        sae, device = self.model.saes[layer], self.model.language.device
+        sae, device = outlines(self.model.saes)[layer], self.model.language.device
         d_model, replicates = self.model.language.d_model, self.settings.replicates
         return Tally(
             LayerSums(d_model, sae.n_features, replicates, device),

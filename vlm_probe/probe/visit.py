@@ -14,6 +14,7 @@ from vlm_probe.codes import SparseCodes, peak_table, strongest
 from vlm_probe.model import VisionLanguageModel
 from vlm_probe.probe.clock import Clock
 from vlm_probe.probe.tally import TOP, Tallies
+from vlm_probe.saes import encoding_of
 from vlm_probe.settings import ProbeSettings
 from vlm_probe.sums import UnitSums, bootstrap_weights, unit_sums
 from vlm_probe.tokens import Prompt
@@ -96,6 +97,8 @@ class Visit:
         self._tallies, self._clock = tallies, clock
         self._prompts, self._images, self._names = prompts, np.array(images), names
         self._condition, self._pictured = condition, pictured
+        dense = encoding_of(model.saes, settings.encoding) == "dense"
+        self._encoding = "dense" if dense else settings.encoding
         self.n_close = 0
         """Pairs of token and feature within rounding of the threshold, so far."""
         found = [
@@ -136,7 +139,7 @@ class Visit:
             self._check(layer, residual)
             x = residual[self._row, self._position]
             codes, x_hat = self._model.saes[layer].code(
-                x, encoding=self._settings.encoding
+                x, encoding=self._encoding
             )
             self.n_close += codes.n_close
         with self._clock("sums"):

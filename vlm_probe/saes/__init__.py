@@ -1,5 +1,7 @@
 """One sparse autoencoder per layer."""
 
-from vlm_probe.saes.layer import LayerSae, load_saes
+from vlm_probe.saes.layer import LayerSae
+from vlm_probe.saes.loading import load_saes
+from vlm_probe.saes.residency import StreamedSaes, encoding_of, outlines
 
-__all__ = ["LayerSae", "load_saes"]
+__all__ = ["LayerSae", "StreamedSaes", "encoding_of", "load_saes", "outlines"]

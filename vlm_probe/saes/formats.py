@@ -17,13 +17,11 @@ here that says what sae-lens is to compute, after the code it was published with
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-import warnings
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +30,7 @@ import numpy as np
 import sae_lens
 import torch
 from sae_lens import SAE
+from sae_lens.loading.pretrained_sae_loaders import sae_lens_disk_loader
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -101,20 +100,23 @@ def read(found: Found, *, device: str, dtype: str) -> SAE:
     Raises:
         ValueError: The weights are damaged, or not those that the config speaks of.
     """
-    if found.recipe.convert is None:
+    own = found.recipe.convert is None
+    if own:
         _shapes(found.file)  # so that a damaged file is told by its name
-        own = {}
-    else:
-        config, weights = convert(found)
-        config |= {"device": "cpu", "dtype": dtype}
-        own = {"converter": lambda *_, **__: (config, weights)}
+    config, weights = ({}, {}) if own else convert(found)
+    config |= {"device": "cpu", "dtype": dtype}
     try:
-        with quietly():
-            sae = SAE.load_from_disk(found.folder, device="cpu", dtype=dtype, **own)
+        if own:
+            config, weights = sae_lens_disk_loader(found.folder, cfg_overrides=config)
+        processing = set_aside(config)
+        sae = SAE.load_from_disk(
+            found.folder, dtype=dtype, converter=lambda *_, **__: (config, weights)
+        )
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
             f"sae-lens cannot run what {found.file} and its config describe: {error!r}"
         ) from error
+    sae.cfg.metadata.model_from_pretrained_kwargs = processing
     if found.recipe.factor is not None:
         sae.fold_activation_norm_scaling_factor(found.recipe.factor)
     return sae.to(device=device)
@@ -149,17 +151,15 @@ def convert(found: Found) -> tuple[dict, Weights]:
     return recipe.config | sizes | {"metadata": metadata | recipe.metadata}, weights
 
 
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Without two warnings of sae-lens that `LayerSae` makes more of.
+def set_aside(config: dict) -> dict | None:
+    """Takes out of a config how the language model was processed, and gives that.
 
-    That an SAE was trained on processed weights, it tells; that a factor is unknown and
-    every code will be wrong, it refuses.
+    sae-lens would warn of it; `LayerSae` makes more of it, so it is put back once the
+    SAE is made. Nothing filters the warning instead, since filters are the whole
+    process's, and SAEs are read in the background too.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"\s*This SAE has non-empty model_from_pre")
-        warnings.filterwarnings("ignore", "norm_scaling_factor not found")
-        yield
+    about = config.get("metadata", config)  # before version 6 it was all one
+    return about.pop("model_from_pretrained_kwargs", None)
 
 
 def _saelens(folder: Path, config: dict) -> Recipe:

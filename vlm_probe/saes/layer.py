@@ -1,33 +1,17 @@
-"""A pretrained autoencoder with its layer, and how one for each layer is loaded."""
+"""A pretrained autoencoder with the layer that it is for."""
 
 from __future__ import annotations
 
-import contextlib
-import difflib
-import pickle
-import zipfile
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from jaxtyping import Float
 from sae_lens import SAE
-from sae_lens.loading.pretrained_saes_directory import (
-    get_pretrained_saes_directory,
-    get_releases_for_repo_id,
-)
-from safetensors import SafetensorError
 from torch import Tensor
 
 from vlm_probe.codes import SparseCodes, code
-from vlm_probe.saes.formats import convert, find, quietly, read
-from vlm_probe.saes.offers import choose, features, place, release_offers
+from vlm_probe.saes.offers import place
 from vlm_probe.tokens import ENCODINGS, HOOK_POINTS, check_names
-from vlm_probe.weights import floating
 
 _ARCHITECTURES = (
     "standard",
@@ -94,6 +78,11 @@ class LayerSae:
         return self.sae.cfg.d_sae
 
     @property
+    def n_bytes(self) -> int:
+        """Size of its weights, in bytes."""
+        return sum(tensor.nbytes for tensor in self.sae.state_dict().values())
+
+    @property
     def model_name(self) -> str | None:
         """The language model that it was trained on, if known."""
         return self.sae.cfg.metadata.model_name
@@ -133,168 +122,3 @@ class LayerSae:
     @property
     def _hook_name(self) -> str:
         return f"blocks.{self.layer}.hook_{self.hook_point}"
-
-
-def load_saes(
-    source: str | Path,
-    *,
-    layers: Sequence[int] | None = None,
-    width: int | str | None = None,
-    l0: float | None = None,
-    hook_point: str | None = None,
-    device: str = "cpu",
-    dtype: str | torch.dtype = "float32",
-) -> dict[int, LayerSae]:
-    """Loads the SAEs of some layers, one a layer, all at one hook point.
-
-    Args:
-        source: A folder, in which SAEs are looked for in the formats of
-            `vlm_probe.saes.formats`, or a release in the list of SAELens, such as
-            `gemma-scope-2b-pt-res-canonical`.
-        layers: Which are wanted; all that there are if not given.
-        width: Number of features, such as 16384 or "16k", where there are several.
-        l0: Where there are several, the SAE with the nearest L0 is taken.
-        hook_point: resid_pre, resid_mid or resid_post; if not given, the only one there
-            is, else resid_post if it has all the layers.
-        device: Where they are computed.
-        dtype: In what they are computed, whatever they are stored in.
-
-    Returns:
-        The SAEs by layer, in order.
-
-    Raises:
-        FileNotFoundError: There is no such folder, a file of an SAE is missing, or the
-            hub cannot be reached.
-        ValueError: There is no such release, layer, width or hook point, or the choice
-            is not clear; a file is damaged; or an SAE is not of a residual stream.
-    """
-    asked = None if width is None else features(width)
-    dtype = str(floating(dtype)).removeprefix("torch.")
-    wanted = {"layers": layers, "width": asked, "l0": l0, "hook_point": hook_point}
-    found = (
-        _from_folder(Path(source), wanted, device, dtype)
-        if Path(source).is_dir() or isinstance(source, Path)
-        else _from_release(source, wanted, device, dtype)
-    )
-    for sae in found.values():
-        if asked not in (None, sae.n_features):
-            raise ValueError(
-                f"SAE {sae.name!r} has {sae.n_features} features, asked for were "
-                f"{asked}"
-            )
-    return found
-
-
-def _from_folder(
-    folder: Path, wanted: dict, device: str, dtype: str
-) -> dict[int, LayerSae]:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no SAEs in {folder}: there is no such folder")
-    offers = {offer.name: offer for offer in find(folder)}
-    if not offers:
-        raise FileNotFoundError(
-            f"no SAEs in {folder}: expected folders layer_0, layer_1, ... each with "
-            "cfg.json and sae_weights.safetensors, or with the files of Gemma Scope, "
-            "Llama Scope, dictionary_learning or sparsify"
-        )
-    return {
-        offer.layer: LayerSae(
-            offer.layer,
-            read(offers[offer.name], device=device, dtype=dtype),
-            f"{folder.absolute().name}/{offer.name}",
-            offer.hook_point,
-        )
-        for offer in choose(list(offers.values()), str(folder), **wanted)
-    }
-
-
-def _from_release(
-    release: str, wanted: dict, device: str, dtype: str
-) -> dict[int, LayerSae]:
-    directory = get_pretrained_saes_directory()
-    if release not in directory:
-        near = get_releases_for_repo_id(release) or difflib.get_close_matches(
-            release, directory, 4, 0.5
-        )
-        raise (FileNotFoundError if "/" in release and not near else ValueError)(
-            f"there is no folder {release!r}, nor has SAELens a release of that name"
-            + (f"; near it are {', '.join(near)}" if near else "")
-        )
-    about = directory[release]
-    found = {}
-    offers = release_offers(about)
-    for offer in choose(offers, f"release {release!r}", **wanted):
-        sae = _fetch(release, offer.name, device, dtype)
-        metadata = sae.cfg.metadata
-        # sae-lens loses them where the config is newer than its version 6.
-        metadata.model_name = metadata.model_name or about.model
-        metadata.neuronpedia_id = about.neuronpedia_id[offer.name]
-        processing = (about.config_overrides or {}).get("model_from_pretrained_kwargs")
-        metadata.model_from_pretrained_kwargs = (
-            processing or metadata.model_from_pretrained_kwargs
-        )
-        found[offer.layer] = LayerSae(
-            offer.layer, sae, f"{release}/{offer.name}", offer.hook_point
-        )
-    return found
-
-
-def _fetch(release: str, sae_id: str, device: str, dtype: str) -> SAE:
-    about = get_pretrained_saes_directory()[release]
-    where = f"{about.repo_id}, {about.saes_map[sae_id]}"
-    files = _FILES.get(about.conversion_func or "")
-    try:
-        with quietly():
-            return SAE.from_pretrained(
-                release,
-                sae_id,
-                device=device,
-                dtype=dtype,
-                converter=partial(_from_hub, files) if files else None,
-            )
-    except (OSError, EntryNotFoundError) as error:
-        raise FileNotFoundError(
-            f"SAE {sae_id!r} of release {release!r} is neither in the cache nor to be "
-            f"had from the Hugging Face hub ({_first_line(error)}); load it once with "
-            f"network, which keeps it, or give a folder with the files ({where})"
-        ) from error
-    except (SafetensorError, zipfile.BadZipFile, EOFError, pickle.PickleError) as error:
-        raise ValueError(
-            f"SAE {sae_id!r} of release {release!r} is damaged in the cache "
-            f"({_first_line(error)}); delete it there ({where}) and load it again"
-        ) from error
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(
-            f"sae-lens cannot run SAE {sae_id!r} of release {release!r} ({where}): "
-            f"{error!r}"
-        ) from error
-
-
-# What `formats.py` reads here too: for Llama Scope, sae-lens takes a threshold that is
-# too high; for Gemma Scope 2, it asks the hub even for what is in the cache.
-_FILES = {
-    "llama_scope": ("hyperparams.json", "checkpoints/final.safetensors"),
-    "gemma_3": ("config.json", "params.safetensors"),
-}
-
-
-def _from_hub(
-    files: Sequence[str],
-    repo_id: str,
-    folder_name: str,
-    device: str,  # noqa: ARG001 - sae-lens moves the weights itself
-    force_download: bool,
-    cfg_overrides: dict,
-) -> tuple[dict, dict[str, Tensor], None]:
-    """A loader for sae-lens: a folder of the cache is read as any other."""
-    fetch = partial(hf_hub_download, repo_id, force_download=force_download)
-    config, weights = (f"{folder_name}/{name}" for name in files)
-    with contextlib.suppress(EntryNotFoundError):  # not all of Gemma Scope 2 have one
-        fetch(config)
-    folder = Path(fetch(weights)).parents[files[-1].count("/")]
-    about, tensors = convert(find(folder)[0])
-    return about | cfg_overrides, tensors, None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
