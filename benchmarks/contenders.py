@@ -6,6 +6,7 @@ back what they found, so that it can be compared.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import fields
@@ -135,7 +136,9 @@ def paper(workload: Workload) -> Found:
 
     Each example by itself: a pass that caches every hook and computes logits; dense
     codes and reconstructions; all of it to disk in float32. Then three analyses, each
-    of which reads all of an example, as one does where an example is one file.
+    of which reads all of an example, as one does where an example is one file. What is
+    written is dropped from the system's cache, which no terabytes fit in: published
+    runs read them from disk.
     """
     with tempfile.TemporaryDirectory(prefix="paper-") as folder:
         written = [
@@ -259,8 +262,21 @@ def _write_example(workload: Workload, index: int, folder: Path) -> int:
             for name, array in zip(_ARRAYS, arrays, strict=True):
                 file = folder / f"{layer}-{group}-{name}.npy"
                 np.save(file, array.cpu().numpy())
+                _drop_from_cache(file)
                 written += file.stat().st_size
     return written
+
+
+def _drop_from_cache(file: Path) -> None:
+    """Has a file read from disk the next time, where the system can be told to."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    opened = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+        os.posix_fadvise(opened, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(opened)
 
 
 class _Stored:
@@ -277,7 +293,10 @@ class _Stored:
         """Activations, features and reconstructions."""
         folder = self.folder / str(example)
         files = (folder / f"{layer}-{group}-{name}.npy" for name in _ARRAYS)
-        return tuple(torch.from_numpy(np.load(file)) for file in files)
+        arrays = tuple(torch.from_numpy(np.load(file)) for file in files)
+        for name in _ARRAYS:
+            _drop_from_cache(folder / f"{layer}-{group}-{name}.npy")
+        return arrays
 
     def mean_squared_errors(self) -> list[float]:
         """The mean over examples of each one's mean."""

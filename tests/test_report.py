@@ -146,6 +146,15 @@ def rows(text, head):
     return body
 
 
+def test_a_part_says_so_before_all_else(tmp_path, page):
+    meta = {"partial": f"stopped after 2 of 3 images {EVIL}"}
+    text = write_report(result(meta=meta), tmp_path / "part.html").read_text()
+    said = 'role="alert">A partial result: stopped after 2 of 3 images &quot;&gt;'
+    assert said in text
+    assert text.index(said) < text.index("<nav>")
+    assert 'role="alert"' not in page
+
+
 def test_the_path(tmp_path):
     path = write_report(result(), str(tmp_path / "new" / "deep" / "page.html"))
     assert path == tmp_path / "new" / "deep" / "page.html"

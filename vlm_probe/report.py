@@ -99,12 +99,20 @@ def write_report(result: ProbeResult, path: str | PathLike[str]) -> Path:
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}</title>\n<style>{_beside('css')}</style>\n</head>\n<body>\n"
-        f"<header><h1>{title}</h1>\n<nav>{links}</nav></header>\n"
+        f"<header><h1>{title}</h1>\n{_partial(result)}<nav>{links}</nav></header>\n"
         f"<main>\n{body}</main>\n<script>{_beside('js')}</script>\n</body>\n</html>\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _partial(result: ProbeResult) -> str:
+    """What must be read before anything else, if the run was stopped."""
+    if not result.partial:
+        return ""
+    said = escape(str(result.meta["partial"]))
+    return f'<p class="partial" role="alert">A partial result: {said}.</p>\n'
 
 
 def _facts(result: ProbeResult) -> str:
@@ -125,8 +133,7 @@ def _facts(result: ProbeResult) -> str:
         "SAEs": _brief(saes),
         "Layers": f"{_brief(probed)} ({meta.get('hook_point', 'hook point unknown')})",
         "Images": f"{meta.get('n_images', layers['n_images'].max())} read, "
-        f"{len(result.failures)} failed"
-        + (f"; PARTIAL, {meta['partial']}" if result.partial else ""),
+        f"{len(result.failures)} failed",
         "Groups": ", ".join(layers["group"].unique()),
         "Conditions": ", ".join(layers["condition"].unique()),
         "Convention": settings.get("convention"),

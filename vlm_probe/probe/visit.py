@@ -138,9 +138,7 @@ class Visit:
         with self._clock("codes"):
             self._check(layer, residual)
             x = residual[self._row, self._position]
-            codes, x_hat = self._model.saes[layer].code(
-                x, encoding=self._encoding
-            )
+            codes, x_hat = self._model.saes[layer].code(x, encoding=self._encoding)
             self.n_close += codes.n_close
         with self._clock("sums"):
             l0, stop = codes.l0(), 0
