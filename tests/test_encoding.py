@@ -59,7 +59,7 @@ def assert_same(found, expected):
 @pytest.mark.parametrize("tile", [2**10, 2**26])  # bytes: three chunks, and one
 @pytest.mark.parametrize("architecture", CASES)
 def test_codes_are_those_of_sae_lens(architecture, tile, monkeypatch):
-    monkeypatch.setitem(encoding._TILE, "cpu", tile)
+    monkeypatch.setitem(encoding.TILE, "cpu", tile)
     sae = random_sae(architecture, **CASES[architecture])
     x = torch.randn(N, D) * 2
     codes, x_hat = code(sae, x)
@@ -93,7 +93,7 @@ def test_top_k_by_decoder_norm(architecture):
 
 @pytest.mark.parametrize("architecture", CASES)
 def test_codes_are_ordered_by_token_then_feature(architecture, monkeypatch):
-    monkeypatch.setitem(encoding._TILE, "cpu", 2**10)
+    monkeypatch.setitem(encoding.TILE, "cpu", 2**10)
     codes, _ = code(random_sae(architecture, **CASES[architecture]), torch.randn(N, D))
     key = codes.token * F + codes.feature
     assert (key[1:] > key[:-1]).all()

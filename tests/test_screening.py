@@ -182,7 +182,7 @@ def test_only_crowded_chunks_are_dense(monkeypatch):
     sae, x = near_threshold(0, 40, 64, 1024, 1.0, 0.0, 0.0, 0.0)
     sae.threshold[:256] = -1.0
     sae.threshold[256:] = 3.0
-    monkeypatch.setitem(encoding._TILE, "cpu", 1)  # chunks of 256
+    monkeypatch.setitem(encoding.TILE, "cpu", 1)  # chunks of 256
     asked = []
     products = Screened.products
 

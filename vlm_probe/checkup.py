@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from vlm_probe.codes import TILE
 from vlm_probe.model import Finding, VisionLanguageModel, cheap_findings
-from vlm_probe.saes import LayerSae, StreamedSaes, outlines
+from vlm_probe.saes import LayerSae, StreamedSaes, encoding_of, outlines
 from vlm_probe.settings import ProbeSettings
 from vlm_probe.sums import LayerSums, bootstrap_weights
 from vlm_probe.tokens import Prompt, ranges
@@ -249,8 +250,12 @@ def _memory(model: VisionLanguageModel, settings: ProbeSettings) -> Iterator[Fin
     width = max(sae.n_features for sae in outlines(model.saes).values())
     kept = (settings.replicates + 1) * language.d_model + 4 * width
     sums = 8 * layers * cases * kept
-    # A layer's dense codes and their products, once; its stream in a few copies.
-    batch = 4 * tokens * (2 * width + 8 * language.d_model)
+    # A chunk of pre-activations, each image's peaks, the stream in a few copies.
+    chunk = TILE.get(language.device.type, TILE["cpu"])
+    batch = chunk + 4 * (settings.batch_size * width + 12 * tokens * language.d_model)
+    if encoding_of(model.saes, settings.encoding) == "screened":
+        # The encoder once more in its own dtype, and once in half of that.
+        weights["screens"] = sum(sizes) * 3 // 4
     weights |= {"sums": sums, "a batch": batch}
     said = ", ".join(f"{name} {_size(n)}" for name, n in weights.items())
     yield Finding("memory", "note", f"about {_size(sum(weights.values()))}: {said}")

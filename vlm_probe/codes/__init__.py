@@ -1,6 +1,6 @@
 """The exact sparse codes of one autoencoder, and what they decode to."""
 
-from vlm_probe.codes.encoding import code, uses_screening
+from vlm_probe.codes.encoding import TILE, code, uses_screening
 from vlm_probe.codes.sparse import (
     FeatureSums,
     Peaks,
@@ -10,6 +10,7 @@ from vlm_probe.codes.sparse import (
 )
 
 __all__ = [
+    "TILE",
     "FeatureSums",
     "Peaks",
     "SparseCodes",

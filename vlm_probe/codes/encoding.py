@@ -69,7 +69,7 @@ def uses_screening(sae: SAE, encoding: str) -> bool:
     return _is_plain(sae) and not _has_top_k(sae) and _screens(sae, encoding)
 
 
-_TILE = {"cpu": 2**23, "cuda": 2**28}
+TILE = {"cpu": 2**23, "cuda": 2**28}
 """Bytes of pre-activations at a time: a CPU's last cache, or a GPU's memory, holds it
 with room to spare."""
 _LARGE = 8192
@@ -238,7 +238,7 @@ def _chunks(
     n_tokens: int, n_features: int, like: Tensor
 ) -> Iterator[tuple[int, Float[Tensor, "token chunk"]]]:
     """The first feature of each chunk, and a buffer for its products, used again."""
-    tile = _TILE.get(like.device.type, _TILE["cpu"])
+    tile = TILE.get(like.device.type, TILE["cpu"])
     width = tile // max(1, n_tokens * like.element_size()) // 256 * 256
     width = min(max(width, 256), n_features)
     whole = like.new_empty(n_tokens * width)

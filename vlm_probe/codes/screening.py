@@ -162,7 +162,8 @@ _SCREENS: weakref.WeakKeyDictionary[SAE, tuple[object, Screen]] = (
 
 def screen_of(sae: SAE, weight: Float[Tensor, "d_model feature"]) -> Screen:
     """The autoencoder's screen, made when it is first asked for or weights changed."""
-    state = (weight.data_ptr(), weight._version)
+    changes = 0 if weight.is_inference() else weight._version
+    state = (weight.data_ptr(), changes)
     if sae not in _SCREENS or _SCREENS[sae][0] != state:
         _SCREENS[sae] = (state, Screen(weight.detach().float()))
     return _SCREENS[sae][1]

@@ -101,7 +101,8 @@ def probe_layers(
             run.add(block, on_error)
             bar.update(len(block.examples) * shard.size)
             if kept and time.monotonic() - saved >= checkpoint_every:
-                kept.save(run.state())
+                with run.clock("checkpoint"):
+                    kept.save(run.state())
                 saved = time.monotonic()
             if stop.asked:
                 break
