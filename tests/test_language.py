@@ -137,7 +137,7 @@ def test_nothing_after_the_last_layer_is_run(language, prompts, vectors):
         "unembed": hooked.unembed,
     }
     handles = [
-        part.register_forward_hook(lambda *_, name=name: ran.append(name))
+        part.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
         for name, part in parts.items()
     ]
     visited = []

@@ -29,7 +29,9 @@ def result():
 def test_what_is_saved_is_loaded(result, tmp_path):
     folder = tmp_path / "deep" / "run"
     assert result.save(folder) == folder
-    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        [*FILES, "timing.json"]
+    )
     loaded = ProbeResult.load(str(folder))
     for name in TABLES:
         table = getattr(result, name)
