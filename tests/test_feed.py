@@ -1,6 +1,7 @@
 """Blocks of examples: what is in them depends on nothing but their place."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -15,6 +16,10 @@ def examples(n, missing=()):
         Example("nowhere.png" if i in missing else picture, id=f"e{i}")
         for i in range(n)
     ]
+
+
+def feed(images):
+    return Feed(images, 3, recognize=True)
 
 
 def places(block):
@@ -47,19 +52,31 @@ def test_what_others_take_comes_with_the_block_behind_it():
 
 
 def test_going_on_from_a_block():
-    whole = list(Feed(examples(10), 3).read())
-    rest = list(Feed(examples(10), 3).read(2, whole[1].digest))
+    whole = list(feed(examples(10)).read())
+    rest = list(feed(examples(10)).read(2, whole[1].digest))
     assert [places(b) for b in rest] == [places(b) for b in whole[2:]]
     assert [b.digest for b in rest] == [b.digest for b in whole[2:]]
-    rest = list(Feed(examples(10), 3).read(3, whole[2].digest, rank=1, size=2))
+    rest = list(feed(examples(10)).read(3, whole[2].digest, rank=1, size=2))
     assert [b.number for b in rest] == [3]
 
 
 def test_other_examples_are_refused():
-    after = list(Feed(examples(10), 3).read())[1].digest
-    for other in (examples(10)[1:], examples(4), examples(0)):
+    after = list(feed(examples(10)).read())[1].digest
+    painted = [replace(e, image=Image.new("RGB", (4, 4), "red")) for e in examples(10)]
+    for other in (examples(10)[1:], examples(4), examples(0), painted):
         with pytest.raises(ValueError, match="the images are not those that the check"):
-            list(Feed(other, 3).read(2, after))
+            list(feed(other).read(2, after))
+
+
+def test_an_error_of_the_source_comes_behind_what_it_gave():
+    def broken():
+        yield from examples(5)
+        raise LookupError("no more")
+
+    blocks = Feed(broken(), 2).read()
+    assert [places(next(blocks)), places(next(blocks))] == [[0, 1], [2, 3]]
+    with pytest.raises(LookupError, match="no more"):
+        next(blocks)
 
 
 def test_looking_ahead_takes_nothing():

@@ -230,6 +230,14 @@ def test_changed_weights_are_seen():
     with torch.no_grad():
         sae.W_enc.mul_(-1)
     compare(sae, x)
+    sae.W_enc.data *= -2  # as sae-lens folds a factor into weights
+    compare(sae, x)
+
+
+def test_weights_made_in_inference_mode():
+    with torch.inference_mode():
+        sae = random_sae("standard")
+        code(sae, torch.randn(3, 24), encoding="screened")
 
 
 def test_chosen_where_the_hardware_has_it(monkeypatch):
@@ -256,6 +264,16 @@ def test_what_cannot_be_screened_says_why():
         LayerSae(0, random_sae("jumprelu"), "a").code(
             torch.randn(3, 24), encoding="fast"
         )
+
+
+def test_dead_features_are_ruled_out():
+    """Publishers set the threshold of a dead feature to infinity."""
+    sae, x = near_threshold(0, 40, 64, 600, 1.0, 0.0, 0.0, 0.0)
+    sae.threshold[::2] = torch.inf
+    gate = encoding._gate(sae)
+    found = screen_of(sae, sae.W_enc).of(x, gate.bias, gate.least)
+    assert not found.candidates(0, 600)[:, ::2].any()
+    compare(sae, x)
 
 
 def test_the_screen_is_made_once():

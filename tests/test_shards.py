@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import killable
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
 
 from vlm_probe.checkpoint import State
 from vlm_probe.probe import probe_layers
@@ -62,7 +64,7 @@ def test_torchrun_gives_the_tables_of_one_process(alone, tmp_path):
         assert_equal(shared, alone)
         assert shared.meta == alone.meta
     # Each process has its own part there, for the next time.
-    parts = sorted(file.name for file in (tmp_path / "kept").iterdir())
+    parts = sorted(file.name for file in (tmp_path / "kept").glob("*.safetensors"))
     assert parts == [f"checkpoint-{rank}-of-2.safetensors" for rank in range(2)]
 
 
@@ -79,7 +81,7 @@ def parts_of(size):
         yield run.state()
 
 
-@pytest.mark.parametrize("size", [1, 3, 16])  # the last: some have nothing to do
+@pytest.mark.parametrize("size", [1, 2, 3, 16])  # the last: some have nothing to do
 def test_any_number_of_processes_adds_up_to_the_same(alone, size):
     settings = ProbeSettings(**killable.SETTINGS)
     whole = Run(killable.MODEL, settings)
@@ -109,8 +111,44 @@ def test_the_command_line_shares_pictures_too(tmp_path, toy, examples):
 
 
 def test_alone_there_is_one():
-    assert Shard.current() == Shard(0, 1)
     state = State({}, {"n": 1})
     assert list(Shard().gather(state)) == [state]
     with joined() as shard:
-        assert shard == Shard(0, 1)
+        assert (shard.rank, shard.size) == (0, 1)
+    with pytest.raises(LookupError), Shard().watched():
+        raise LookupError
+
+
+def fails_in_one(rank, store, said):
+    """One of two processes of somebody's own group, of which the second fails."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
+
+    def images():
+        yield from killable.examples()
+        if rank == 1:
+            raise LookupError("no disk")
+
+    try:
+        probe_layers(killable.MODEL, images(), progress=False, **killable.SETTINGS)
+    except (LookupError, RuntimeError) as error:
+        said.put((rank, f"{type(error).__name__}: {error}"))
+        # Till the other has heard of it: the store may be its own.
+        time.sleep(3 * rank)
+
+
+def test_nobody_waits_for_a_process_that_failed(tmp_path):
+    said = killable.forked.Queue()
+    given = [(rank, tmp_path / "store", said) for rank in range(2)]
+    processes = [killable.forked.Process(target=fails_in_one, args=g) for g in given]
+    for process in processes:
+        process.start()
+    heard = dict(said.get(timeout=90) for _ in processes)
+    assert heard[1] == "LookupError: no disk"
+    assert heard[0].startswith(
+        "RuntimeError: process 1 of 2 failed: LookupError: no disk. What it had done is"
+    )
+    for process in processes:
+        process.join(30)
+        assert process.exitcode == 0

@@ -14,7 +14,13 @@ from torch import nn
 
 from vlm_probe.codes import TILE
 from vlm_probe.model import Finding, VisionLanguageModel, cheap_findings
-from vlm_probe.saes import LayerSae, StreamedSaes, encoding_of, outlines
+from vlm_probe.saes import (
+    SCREEN_SHARE,
+    LayerSae,
+    StreamedSaes,
+    encoding_of,
+    outlines,
+)
 from vlm_probe.settings import ProbeSettings
 from vlm_probe.sums import LayerSums, bootstrap_weights
 from vlm_probe.tokens import Prompt, ranges
@@ -254,8 +260,7 @@ def _memory(model: VisionLanguageModel, settings: ProbeSettings) -> Iterator[Fin
     chunk = TILE.get(language.device.type, TILE["cpu"])
     batch = chunk + 4 * (settings.batch_size * width + 12 * tokens * language.d_model)
     if encoding_of(model.saes, settings.encoding) == "screened":
-        # The encoder once more in its own dtype, and once in half of that.
-        weights["screens"] = sum(sizes) * 3 // 4
+        weights["screens"] = int(SCREEN_SHARE * sum(sizes))
     weights |= {"sums": sums, "a batch": batch}
     said = ", ".join(f"{name} {_size(n)}" for name, n in weights.items())
     yield Finding("memory", "note", f"about {_size(sum(weights.values()))}: {said}")

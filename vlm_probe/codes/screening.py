@@ -49,7 +49,7 @@ class Screen:
     """What screening needs of an encoder: its weights rounded, and turned.
 
     Beside the encoder's own weights it holds them once more in float32, one row a
-    feature, and once in bfloat16.
+    feature, and once in bfloat16. Not for two threads at a time.
     """
 
     def __init__(self, weight: Float[Tensor, "d_model feature"]) -> None:
@@ -105,7 +105,7 @@ class Screen:
         above += steps * (off + mean.norm() * self.norm) * (1 + steps)
         # In two parts, the second rounded up: 16 bits of it. What has no bounds, such
         # as the threshold of a dead feature, is cut to what bfloat16 holds.
-        above = above.nan_to_num(posinf=1e30, neginf=-1e30).clamp(-1e30, 1e30)
+        above = torch.where(least == torch.inf, -1e30, above).clamp(-1e30, 1e30)
         high = above.bfloat16()
         rest = above - high.float()
         self._rounded[d_model + 2] = high
@@ -162,8 +162,10 @@ _SCREENS: weakref.WeakKeyDictionary[SAE, tuple[object, Screen]] = (
 
 def screen_of(sae: SAE, weight: Float[Tensor, "d_model feature"]) -> Screen:
     """The autoencoder's screen, made when it is first asked for or weights changed."""
-    changes = 0 if weight.is_inference() else weight._version
-    state = (weight.data_ptr(), changes)
+    # Of changes through `.data`, as sae-lens makes them, only the bits tell.
+    version = 0 if weight.is_inference() else weight._version
+    bits = int(weight.detach().view(torch.int32).sum())
+    state = (weight.data_ptr(), version, bits)
     if sae not in _SCREENS or _SCREENS[sae][0] != state:
         _SCREENS[sae] = (state, Screen(weight.detach().float()))
     return _SCREENS[sae][1]

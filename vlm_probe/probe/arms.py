@@ -77,15 +77,21 @@ class Arms:
                 self.last = vectors[-1].clone()
             yield control, arm
 
+    def pass_over(self, skipped: Sequence[Block]) -> None:
+        """Sees the pictures before a block that has none of its own."""
+        if "shuffled_images" in self._settings.controls:
+            self.last = self._before(skipped)
+
     def _encode(self, items: Sequence[Item]) -> Float[Tensor, "image patch d_vision"]:
         with self._clock("vision"):
             return self._model.vision.encode([item.picture for item in items])
 
+    @torch.no_grad()
     def _before(self, skipped: Sequence[Block]) -> Float[Tensor, "patch d_model"]:
         """Vectors of the picture before a block, whoever's it is."""
         for block in reversed(skipped):
             if items := self._usable(block.read()):
-                return self._model.adapter(self._encode(items))[-1]
+                return self._model.adapter(self._encode(items))[-1].clone()
         # Set by the time there are pictures.
         return self.last  # pyright: ignore[reportReturnType]
 

@@ -7,12 +7,14 @@ several processes, computes the very batches of one that goes straight through.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from PIL import Image
 
@@ -54,7 +56,7 @@ class Block:
     examples: list[tuple[int, Example]]
     """With their places in the run."""
     digest: str
-    """Of the ids and words of all examples up to the end of the block."""
+    """Of all examples up to the end of the block; empty if nobody will ask."""
     items: list[Item] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     skipped: list[Block] = field(default_factory=list)
@@ -74,13 +76,16 @@ class Block:
 class Feed:
     """The examples of a run, in blocks."""
 
-    def __init__(self, images: Iterable, size: int) -> None:
+    def __init__(self, images: Iterable, size: int, *, recognize: bool = False) -> None:
         """Takes nothing yet.
 
         Args:
             images: Pictures, paths or examples.
             size: Examples in a block.
+            recognize: Whether blocks get a digest, by which a run that goes on knows
+                its images again.
         """
+        self._recognize = recognize
         self.n_images = len(images) if hasattr(images, "__len__") else None
         self._coming = self._blocks(as_examples(images), size)
         self._looked_at: deque[Block] = deque()
@@ -114,27 +119,39 @@ class Feed:
         Raises:
             ValueError: What comes before `start` is not what it was.
         """
+        wanted = self._wanted(start, after, rank, size)
         with ThreadPoolExecutor(1, thread_name_prefix="pictures") as reader:
             waiting: Future[Block] | None = None
-            skipped: list[Block] = []
-            before = ""
-            for block in self:
-                if block.number < start:
-                    before = block.digest
-                    continue
-                _check_same(before, after)
-                if block.number % size != rank:
-                    skipped.append(block)
-                    continue
-                block.skipped.extend(skipped)
-                skipped.clear()
-                reading = reader.submit(block.read)
+            while True:
+                trouble = block = None
+                try:
+                    block = next(wanted, None)
+                except Exception as error:  # raised behind the block that is in hand
+                    trouble = error
+                reading = None if block is None else reader.submit(block.read)
                 if waiting is not None:
                     yield waiting.result()
+                if trouble is not None:
+                    raise trouble
+                if reading is None:
+                    return
                 waiting = reading
+
+    def _wanted(self, start: int, after: str, rank: int, size: int) -> Iterator[Block]:
+        """This process' blocks from the start on, with those between them."""
+        skipped: list[Block] = []
+        before = ""
+        for block in self:
+            if block.number < start:
+                before = block.digest
+                continue
             _check_same(before, after)
-            if waiting is not None:
-                yield waiting.result()
+            if block.number % size == rank:
+                yield replace(block, skipped=skipped)
+                skipped = []
+            else:
+                skipped.append(block)
+        _check_same(before, after)
 
     def _next(self) -> Block | None:
         if self._looked_at:
@@ -148,15 +165,29 @@ class Feed:
             block = list(itertools.islice(numbered, size))
             if not block:
                 return
-            for _, e in block:
-                said.update(repr((e.id, e.prompt, e.caption)).encode())
-            yield Block(number, block, said.hexdigest())
+            if self._recognize:
+                for _, e in block:
+                    said.update(repr((e.id, e.prompt, e.caption)).encode())
+                    said.update(_picture(e.image))
+            yield Block(number, block, said.hexdigest() if self._recognize else "")
+
+
+def _picture(image: Image.Image | Path | str | None) -> bytes:
+    """What tells a picture from others without reading files: their size, or pixels."""
+    in_memory = isinstance(image, Image.Image)
+    file = getattr(image, "filename", "") if in_memory else image
+    if in_memory and not file:
+        with contextlib.suppress(*UNREADABLE):
+            return repr((image.mode, image.size)).encode() + image.tobytes()
+        return b"unreadable"
+    path = Path(str(file))
+    return repr((str(file), path.stat().st_size if path.is_file() else -1)).encode()
 
 
 def _check_same(before: str, after: str) -> None:
     if before != after:
         raise ValueError(
-            "the images are not those that the checkpoint is of, by their ids, prompts "
-            "and captions; give the same images in the same order, or another folder "
-            "for the checkpoint"
+            "the images are not those that the checkpoint is of, by their paths and "
+            "sizes (or pixels, if they are not files), ids, prompts and captions; give "
+            "the same images in the same order, or another folder for the checkpoint"
         )

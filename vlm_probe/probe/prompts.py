@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from vlm_probe.examples import Example
 from vlm_probe.model import VisionLanguageModel
 from vlm_probe.probe.feed import Item
 from vlm_probe.settings import ProbeSettings
@@ -23,7 +22,9 @@ class Prompts:
 
     def with_picture(self, item: Item) -> Prompt:
         """As far as any group that is asked for reaches."""
-        prompt = self._pictured(item.example)
+        prompt = self._model.language.chat.image_prompt(
+            item.example.prompt, self._n_patches
+        )
         if "text_after_image" in self._groups:
             return prompt
         # What comes behind the picture is not seen by it.
@@ -43,7 +44,7 @@ class Prompts:
         most = self._model.language.hooked.cfg.n_ctx
         prompts = []
         if self._groups & {"image", "text_after_image"}:
-            prompts.append(self._pictured(item.example))
+            prompts.append(self.with_picture(item))
         if "text_only" in self._groups:
             prompts.append(self._worded(item))
         longest = max(len(prompt.ids) for prompt in prompts)
@@ -53,9 +54,6 @@ class Prompts:
             f"a prompt of {longest} tokens is longer than the {most} positions that "
             "the language model is run with; shorten the prompt or caption"
         )
-
-    def _pictured(self, example: Example) -> Prompt:
-        return self._model.language.chat.image_prompt(example.prompt, self._n_patches)
 
     def _worded(self, item: Item) -> Prompt:
         texts = self._model.reference_texts

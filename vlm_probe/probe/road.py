@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,10 +13,10 @@ from pathlib import Path
 from PIL import Image
 from tqdm.auto import tqdm
 
-from vlm_probe.checkpoint import Checkpoint, stoppable
+from vlm_probe.checkpoint import Checkpoint, Stop, stoppable
 from vlm_probe.examples import Example
 from vlm_probe.model import VisionLanguageModel, cheap_findings
-from vlm_probe.probe.feed import Feed
+from vlm_probe.probe.feed import Block, Feed
 from vlm_probe.probe.run import Run
 from vlm_probe.probe.shards import Shard
 from vlm_probe.result import ProbeResult
@@ -46,7 +46,7 @@ def probe_layers(
     numbers is warned of, and stands in `meta["findings"]`.
 
     Ctrl-C or SIGTERM ends the run after the batch it is at, with a result of the
-    images so far that says it is partial; the second one ends it at once.
+    images so far that says it is partial; a second Ctrl-C ends it at once.
 
     Where torch.distributed is in use (`torchrun -m vlm_probe probe ...`, or a process
     group of your own), the processes take the images by turns and add up their sums;
@@ -72,44 +72,48 @@ def probe_layers(
 
     Raises:
         KeyboardInterrupt: Stopped before any image was through, or twice.
+        OSError: The checkpoint cannot be written, or another process has it.
+        RuntimeError: Another of the processes failed.
         TypeError: Something among the images is none, or an unknown setting.
         ValueError: No image (could be read), an unknown layer, group or control, an
             activation that is not a number, or a checkpoint of another run.
     """
     check_names("on_error", [on_error], ON_ERROR)
-    shard = Shard.current()
+    shard = Shard()
     findings = [f for f in cheap_findings(model) if f.verdict != "ok"]
     for finding in findings:
         if finding.verdict in ("warning", "wrong") and shard.rank == 0:
             warnings.warn(f"{finding.check}: {finding.said}", stacklevel=2)
     started, begun = datetime.now(UTC), time.perf_counter()
     run = Run(model, _settings(settings, changes))
-    feed = Feed(images, run.settings.batch_size)
-    kept = checkpoint and Checkpoint(checkpoint, run.configuration(), shard.of)
-    run.prepare(feed, kept.load() if kept else None)
-    mine = feed.read(run.next, run.order, rank=shard.rank, size=shard.size)
-    bar = tqdm(
-        total=feed.n_images,
-        initial=run.n_seen * shard.size,
-        desc="probe",
-        unit="image",
-        disable=not progress or shard.rank > 0,
-    )
-    with stoppable() as stop, contextlib.closing(mine), bar:
-        saved = time.monotonic()
-        for block in run.clock.waiting("pictures", mine):
-            run.add(block, on_error)
-            bar.update(len(block.examples) * shard.size)
-            if kept and time.monotonic() - saved >= checkpoint_every:
-                with run.clock("checkpoint"):
-                    kept.save(run.state())
-                saved = time.monotonic()
-            if stop.asked:
-                break
-        else:
-            run.complete = True
+    feed = Feed(images, run.settings.batch_size, recognize=checkpoint is not None)
+    with contextlib.ExitStack() as open_things:
+        open_things.enter_context(shard.watched())
+        kept = None
+        if checkpoint is not None:
+            part = shard.rank, shard.size
+            kept = open_things.enter_context(
+                Checkpoint(checkpoint, run.configuration(), part)
+            )
+        state = kept and kept.load()
+        run.prepare(feed, state)
+        if kept and state is None:
+            kept.save(run.state())  # so that it is known at once if it cannot be
+        bar = tqdm(
+            total=feed.n_images,
+            initial=run.n_seen * shard.size,
+            desc="probe",
+            unit="image",
+            disable=not progress or shard.rank > 0,
+        )
+        stop = open_things.enter_context(stoppable())
+        with bar:
+            for block in _through(run, feed, shard, stop, on_error, kept):
+                bar.update(len(block.examples) * shard.size)
+                if kept and kept.age() >= checkpoint_every:
+                    _save(kept, run)
         if kept:
-            kept.save(run.state())
+            _save(kept, run)
         whole = _gathered(run, shard)
     if not whole.complete and not whole.names:
         raise KeyboardInterrupt
@@ -123,6 +127,42 @@ def probe_layers(
     if result.partial and shard.rank == 0:
         warnings.warn(f"a partial result: {result.meta['partial']}", stacklevel=2)
     return result
+
+
+def _through(
+    run: Run,
+    feed: Feed,
+    shard: Shard,
+    stop: Stop,
+    on_error: str,
+    kept: Checkpoint | None,
+) -> Iterator[Block]:
+    """Takes blocks through the run, until there are no more or someone stops it."""
+    mine = feed.read(run.next, run.order, rank=shard.rank, size=shard.size)
+    with contextlib.closing(mine):
+        blocks = run.clock.waiting("pictures", mine)
+        try:
+            for block in blocks:
+                run.add(block, on_error)
+                yield block
+                # What is asked behind the last block stops nothing.
+                if stop.asked and next(blocks, None) is not None:
+                    return
+        except BaseException:
+            # What went through is kept; half a batch is not.
+            if kept and run.whole:
+                _save(kept, run)
+            raise
+    run.complete = True
+
+
+def _save(kept: Checkpoint, run: Run) -> None:
+    """Writes the checkpoint; a run does not end because that fails on its way."""
+    with run.clock("checkpoint"):
+        try:
+            kept.save(run.state())
+        except OSError as error:
+            warnings.warn(str(error), stacklevel=3)
 
 
 def _gathered(run: Run, shard: Shard) -> Run:

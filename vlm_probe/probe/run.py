@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -42,6 +42,7 @@ class Run:
         self.model = model
         self.settings = settings
         self.layers = sorted(set(layers))
+        self.encoding = encoding_of(model.saes, settings.encoding)
         self.clock = Clock()
         self.tallies = Tallies(self._empty)
         self.failures: list[Failure] = []
@@ -57,26 +58,35 @@ class Run:
         """Pairs of token and feature within rounding of the threshold."""
         self.complete = False
         """Whether there are no more images."""
+        self.whole = True
+        """Whether every image is in all sums or in none."""
         self._prompts = Prompts(model, settings)
         self._arms = Arms(model, settings, self._usable, self.clock)
 
     def configuration(self) -> dict[str, object]:
         """What decides the numbers, but for the images."""
-        language, texts = self.model.language, "\n".join(self.model.reference_texts)
+        vision, language = self.model.vision, self.model.language
+        settings = asdict(self.settings)
+        # "auto" may mean one thing here and another on the next machine.
+        settings["encoding"] = self.encoding
         return {
-            "settings": asdict(self.settings),
-            "encoding": encoding_of(self.model.saes, self.settings.encoding),
+            "settings": settings,
             "layers": self.layers,
             "hook_point": self.model.hook_point,
             "parts": self.model.identities(),
-            "vision_block": self.model.vision.block,
+            "saes": {
+                f"layer {layer}": sae.computes()
+                for layer, sae in outlines(self.model.saes).items()
+            },
+            "vision": {"block": vision.block, "preprocess": _plain(vision.preprocess)},
             "language": {
                 "device": language.device.type,
                 "backend": language.backend,
                 "padding_side": language.padding_side,
                 "default_prompt": language.chat.default_prompt,
+                "chat_template": language.tokenizer.chat_template,
             },
-            "reference_texts": hashlib.sha256(texts.encode()).hexdigest(),
+            "reference_texts": list(self.model.reference_texts),
             "versions": {name: _version(name) for name in _PACKAGES},
         }
 
@@ -106,10 +116,14 @@ class Run:
                 '(on_error="record" lists it and goes on)'
             )
         self.failures += failures
+        self.whole = False
         if items:
             self._pass(items, block.skipped)
+        else:
+            self._arms.pass_over(block.skipped)
         self.n_seen += len(block.examples)
         self.next, self.order = block.number + 1, block.digest
+        self.whole = True
 
     def result(
         self, more: Mapping[str, object], timing: dict, n_given: int | None
@@ -144,7 +158,7 @@ class Run:
             "model": self.model.name,
             "parts": self.model.identities(),
             "settings": asdict(self.settings),
-            "encoding": encoding_of(self.model.saes, self.settings.encoding),
+            "encoding": self.encoding,
             "layers": self.layers,
             "hook_point": self.model.hook_point,
             "n_layers": self.model.language.n_layers,
@@ -239,6 +253,7 @@ class Run:
             images=[item.index for item in items],
             names=[str(item.example.id) for item in items],
             condition=condition,
+            encoding="dense" if self.encoding == "dense" else self.settings.encoding,
             pictured=pictured,
         )
         if not visit:
@@ -272,6 +287,11 @@ _PACKAGES = (
     "nnsight",
     "open_clip_torch",
 )
+
+
+def _plain(preprocess: object) -> str:
+    """What a transform does; where its functions lie in memory says nothing."""
+    return re.sub(r" at 0x[0-9a-f]+", "", str(preprocess))
 
 
 def _version(package: str) -> str:

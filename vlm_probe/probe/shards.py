@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -15,34 +16,58 @@ from safetensors.torch import load, save
 
 from vlm_probe.checkpoint import State
 
+_RUNS = itertools.count()
+"""Numbers of the runs of this process, which are those of the others, too."""
+_PATIENCE = timedelta(minutes=30)
+"""How long one exchange may take, once all processes are there."""
 
-@dataclass(frozen=True)
+
 class Shard:
     """Which of the processes of a run this is."""
 
-    rank: int = 0
-    size: int = 1
-
-    @classmethod
-    def current(cls) -> Shard:
+    def __init__(self) -> None:
         """As torch.distributed says; the only one where that is not in use."""
+        self.rank, self.size = 0, 1
         if dist.is_available() and dist.is_initialized():
-            return cls(dist.get_rank(), dist.get_world_size())
-        return cls()
+            self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        if self.size > 1:
+            store = dist.distributed_c10d._get_default_store()
+            self._store = dist.PrefixStore(f"vlm_probe/{next(_RUNS)}", store)
 
-    @property
-    def of(self) -> tuple[int, int]:
-        """Its number, and how many there are."""
-        return self.rank, self.size
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Tells the others if what is done in it fails, so that none waits for it."""
+        try:
+            yield
+        except BaseException as error:
+            if self.size > 1:
+                said = f"{type(error).__name__}: {error}"
+                self._store.set(f"{self.rank}", f"failed: {said}")
+            raise
 
     def gather(self, state: State) -> Iterator[State]:
         """The states of all processes, one after the other; on every process alike.
 
         Every process must call it, and take all of them.
+
+        Raises:
+            RuntimeError: Another process failed; says which, and with what.
         """
         if self.size == 1:
             yield state
             return
+        self._store.set(f"{self.rank}", "done")
+        for rank in range(self.size):
+            # Not in one call of the library, which may take all night and hears no
+            # signal meanwhile.
+            while not self._store.check([f"{rank}"]):
+                time.sleep(0.2)
+            said = self._store.get(f"{rank}").decode()
+            if said != "done":
+                raise RuntimeError(
+                    f"process {rank} of {self.size} {said}. What it had done is in its "
+                    "checkpoint, if there is one; start all of them again"
+                )
         # Sums lie in the CPU's memory by then, whatever the models were run on.
         group = dist.new_group(backend="gloo", timeout=_PATIENCE)
         for rank in range(self.size):
@@ -50,26 +75,24 @@ class Shard:
         dist.destroy_process_group(group)
 
 
-_PATIENCE = timedelta(days=7)
-"""How long a process that is done waits for the others."""
-
-
 @contextlib.contextmanager
 def joined() -> Iterator[Shard]:
-    """Joins the processes that torchrun started, and leaves them at the end.
+    """Joins the processes that torchrun started, and leaves them when all are done.
 
     Each takes the GPU of its number on its machine, if there are any. Alone, nothing
     is done.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
-        yield Shard.current()
+        yield Shard()
         return
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
         torch.cuda.set_device(local % torch.cuda.device_count())
     dist.init_process_group("gloo", timeout=_PATIENCE)
     try:
-        yield Shard.current()
+        yield Shard()
+        # What starts them ends all as soon as one has ended otherwise than well.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

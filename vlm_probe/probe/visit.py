@@ -14,7 +14,6 @@ from vlm_probe.codes import SparseCodes, peak_table, strongest
 from vlm_probe.model import VisionLanguageModel
 from vlm_probe.probe.clock import Clock
 from vlm_probe.probe.tally import TOP, Tallies
-from vlm_probe.saes import encoding_of
 from vlm_probe.settings import ProbeSettings
 from vlm_probe.sums import UnitSums, bootstrap_weights, unit_sums
 from vlm_probe.tokens import Prompt
@@ -75,6 +74,7 @@ class Visit:
         images: Sequence[int],
         names: Sequence[str],
         condition: str,
+        encoding: str,
         pictured: dict[int, Coded],
     ) -> None:
         """Finds which tokens are wanted.
@@ -88,6 +88,7 @@ class Visit:
             images: Place in the run of each prompt's image.
             names: Its id, for messages.
             condition: Of the pass.
+            encoding: How tokens are coded.
             pictured: By layer, what was made of the image tokens under the condition
                 `model`, which fills it. Nothing before a picture differs between
                 prompts, and nothing behind it is seen by it: under `shuffled_images`,
@@ -97,8 +98,7 @@ class Visit:
         self._tallies, self._clock = tallies, clock
         self._prompts, self._images, self._names = prompts, np.array(images), names
         self._condition, self._pictured = condition, pictured
-        dense = encoding_of(model.saes, settings.encoding) == "dense"
-        self._encoding = "dense" if dense else settings.encoding
+        self._encoding = encoding
         self.n_close = 0
         """Pairs of token and feature within rounding of the threshold, so far."""
         found = [

@@ -24,6 +24,9 @@ _ARCHITECTURES = (
 """Those that code each token by itself, and reconstruct what they were given."""
 
 
+_NOT_COMPUTED = ("metadata", "device")
+
+
 @dataclass(frozen=True)
 class LayerSae:
     """A pretrained SAE and the layer whose residual stream it was trained on."""
@@ -113,6 +116,11 @@ class LayerSae:
         """
         check_names("encoding", [encoding], ENCODINGS)
         return code(self.sae, x, encoding=encoding)
+
+    def computes(self) -> dict[str, object]:
+        """What it does with its weights, in the words of sae-lens' configuration."""
+        told = self.sae.cfg.to_dict()
+        return {name: v for name, v in told.items() if name not in _NOT_COMPUTED}
 
     def save(self, folder: str | Path) -> None:
         """Writes it as sae-lens does, with its place, for `load_saes`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,16 +11,18 @@ import torch
 
 
 def memory_at_hand(device: str) -> int:
-    """What can be allocated on a device now, in bytes.
+    """What this process can allocate on a device now, in bytes.
 
-    Beside the CPU's memory, only that of CUDA can be told.
+    Beside the CPU's memory, only that of CUDA can be told. Processes that torchrun
+    started on one machine have equal parts of the CPU's.
     """
     if torch.device(device).type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         # What PyTorch keeps for itself, and has given to no tensor, is free too.
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + kept
-    return min(psutil.virtual_memory().available, allowed())
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(psutil.virtual_memory().available, allowed()) // sharing
 
 
 def allowed(

@@ -18,6 +18,10 @@ SHARE = 0.5
 """How much of the memory at hand all SAEs together may take. They are read before the
 language model, which is often as large as they are, and a batch needs room too."""
 
+SCREEN_SHARE = 0.75
+"""What a screen takes of an SAE's own bytes: the encoder, which is half of them, once
+more, and once in half as many bits."""
+
 _PAGE = 4096
 """The smallest piece in which files are mapped, in bytes."""
 
@@ -101,12 +105,16 @@ def encoding_of(saes: Mapping[int, LayerSae], asked: str) -> str:
     """How the codes of these SAEs are computed, "dense" or "screened".
 
     Where that is left open ("auto"), streamed ones are not screened: to make ready what
-    screening needs takes longer than it saves in one batch.
+    screening needs takes longer than it saves in one batch. Nor are those whose screens
+    would take more than a quarter of the memory that is left.
     """
-    if asked == "auto" and isinstance(saes, StreamedSaes):
+    if asked != "auto" or isinstance(saes, StreamedSaes):
+        return "dense" if asked == "auto" else asked
+    screened = [sae for sae in saes.values() if uses_screening(sae.sae, asked)]
+    needed = SCREEN_SHARE * sum(sae.n_bytes for sae in screened)
+    if not screened or needed > memory_at_hand(str(screened[0].sae.device)) / 4:
         return "dense"
-    known = outlines(saes).values()
-    return "screened" if any(uses_screening(s.sae, asked) for s in known) else "dense"
+    return "screened"
 
 
 def reside(
