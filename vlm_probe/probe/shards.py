@@ -13,6 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from safetensors.torch import load, save
+from torch.distributed import distributed_c10d
 
 from vlm_probe.checkpoint import State
 
@@ -31,8 +32,9 @@ class Shard:
         if dist.is_available() and dist.is_initialized():
             self.rank, self.size = dist.get_rank(), dist.get_world_size()
         if self.size > 1:
-            store = dist.distributed_c10d._get_default_store()
-            self._store = dist.PrefixStore(f"vlm_probe/{next(_RUNS)}", store)
+            self._store = distributed_c10d.PrefixStore(
+                f"vlm_probe/{next(_RUNS)}", distributed_c10d._get_default_store()
+            )
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
