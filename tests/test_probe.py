@@ -57,7 +57,7 @@ def plain_activations(model, example, vectors):
 
         def put(embedded, hook, what=what):
             if what == "picture":
-                embedded[0, 1 : 1 + len(vectors)] = vectors
+                embedded[0, 1 : 1 + len(vectors)] = vectors.to(embedded.dtype)
             return embedded
 
         with hooked.hooks([("hook_embed", put)]), torch.no_grad():
@@ -117,6 +117,22 @@ def test_every_number_equals_the_plain_computation(model, pictures, convention):
         assert row.n_tokens == sum(map(len, per_image))
         assert row.n_images == len(pictures)
         for name, value in plain_metrics(sae, per_image, convention).items():
+            assert getattr(row, name) == pytest.approx(value, rel=1e-5), name
+
+
+def test_a_language_model_in_bfloat16_under_saes_in_float32(pictures):
+    model = tiny_model()
+    model.language.hooked.to(torch.bfloat16)
+    result = probe(model, pictures, batch_size=1)  # others round in another order
+    vectors = image_vectors(model, pictures, 1)
+    plain = [
+        plain_activations(model, e, v) for e, v in zip(pictures, vectors, strict=True)
+    ]
+    assert plain[0]["image", 0].dtype == torch.bfloat16
+    for row in result.layers.itertuples():
+        sae = model.saes[row.layer].sae
+        per_image = [p[row.group, row.layer].float() for p in plain]
+        for name, value in plain_metrics(sae, per_image, "pooled").items():
             assert getattr(row, name) == pytest.approx(value, rel=1e-5), name
 
 

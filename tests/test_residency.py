@@ -21,8 +21,16 @@ from tiny import tiny_model, tiny_sae
 import vlm_probe
 from vlm_probe import checkup
 from vlm_probe.cli import main
+from vlm_probe.codes import encoding
 from vlm_probe.model import cheap_findings, identity
-from vlm_probe.saes import StreamedSaes, load_saes, loading, memory, residency
+from vlm_probe.saes import (
+    StreamedSaes,
+    encoding_of,
+    load_saes,
+    loading,
+    memory,
+    residency,
+)
 from vlm_probe.saes.memory import allowed, memory_at_hand
 from vlm_probe.weights import read_weights
 
@@ -466,6 +474,23 @@ def test_auto_counts_features_where_layers_differ(tmp_path, monkeypatch):
         assert type(load_saes(tmp_path)) is kind
 
 
+def test_screens_are_chosen_where_they_fit(tmp_path, monkeypatch):
+    write_saelens(tmp_path)
+    saes = load_saes(tmp_path)
+    # Here without fast products, and small: dense, but for those who insist.
+    assert encoding_of(saes, "auto") == encoding_of(saes, "dense") == "dense"
+    assert encoding_of(saes, "screened") == "screened"
+    monkeypatch.setattr(encoding, "fast_bfloat16", lambda _: True)
+    monkeypatch.setattr(encoding, "_LARGE", FEATURES)
+    needed = 4 * 3 * sum(sae.n_bytes for sae in saes.values()) // 4
+    for at_hand, chosen in ((needed, "screened"), (needed - 4, "dense")):
+        monkeypatch.setattr(residency, "memory_at_hand", lambda _, n=at_hand: n)
+        assert encoding_of(saes, "auto") == chosen
+    monkeypatch.setattr(residency, "memory_at_hand", lambda _: sys.maxsize)
+    streamed = load_saes(tmp_path, residency="streamed")
+    assert encoding_of(streamed, "auto") == "dense"
+
+
 def test_the_choice_can_be_made_by_the_user(tmp_path, monkeypatch):
     write_saelens(tmp_path)
     monkeypatch.setattr(residency, "memory_at_hand", lambda _: 0)
@@ -557,6 +582,8 @@ def test_this_machine_has_some_memory(monkeypatch):
     assert 0 < memory_at_hand("cpu") < 2**50
     monkeypatch.setattr(memory, "allowed", lambda: 1000)
     assert memory_at_hand("cpu") == 1000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # as torchrun says
+    assert memory_at_hand("cpu") == 250
 
 
 def test_on_a_gpu_what_pytorch_keeps_for_itself_is_free(monkeypatch):

@@ -42,7 +42,8 @@ def fast_bfloat16(device: torch.device) -> bool:
     """Whether products in bfloat16 are many times faster there than in float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    amx = torch.cpu._is_amx_tile_supported() and torch.backends.mkldnn.is_available()
+    return device.type == "cpu" and amx
 
 
 class Screen:
