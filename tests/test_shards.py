@@ -1,6 +1,7 @@
 """One run by several processes gives what one process gives."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from vlm_probe.checkpoint import State
-from vlm_probe.probe import probe_layers
+from vlm_probe.probe import probe_layers, shards
 from vlm_probe.probe.feed import Feed
 from vlm_probe.probe.run import Run
 from vlm_probe.probe.shards import Shard, joined
@@ -119,14 +120,18 @@ def test_alone_there_is_one():
         raise LookupError
 
 
-def fails_in_one(rank, store, said):
+def fails_in_one(rank, store, said, killed):
     """One of two processes of somebody's own group, of which the second fails."""
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2
     )
 
+    shards._SILENCE = 3.0
+
     def images():
         yield from killable.examples()
+        if rank == 1 and killed:
+            os.kill(os.getpid(), signal.SIGKILL)
         if rank == 1:
             raise LookupError("no disk")
 
@@ -138,9 +143,23 @@ def fails_in_one(rank, store, said):
         time.sleep(3 * rank)
 
 
+def test_nobody_waits_for_a_process_that_was_killed(tmp_path):
+    said = killable.forked.SimpleQueue()
+    given = [(rank, tmp_path / "store", said, True) for rank in range(2)]
+    processes = [killable.forked.Process(target=fails_in_one, args=g) for g in given]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(90)
+    assert [process.exitcode for process in processes] == [0, -signal.SIGKILL]
+    assert said.get()[1].startswith(
+        "RuntimeError: process 1 of 2 gave no sign of life for 3 s. What it had done is"
+    )
+
+
 def test_nobody_waits_for_a_process_that_failed(tmp_path):
     said = killable.forked.Queue()
-    given = [(rank, tmp_path / "store", said) for rank in range(2)]
+    given = [(rank, tmp_path / "store", said, False) for rank in range(2)]
     processes = [killable.forked.Process(target=fails_in_one, args=g) for g in given]
     for process in processes:
         process.start()

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import json
 import os
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -19,6 +20,8 @@ from vlm_probe.checkpoint import State
 
 _RUNS = itertools.count()
 """Numbers of the runs of this process, which are those of the others, too."""
+_SILENCE = 120.0
+"""Seconds after which a process that gives no sign of life is taken for dead."""
 _PATIENCE = timedelta(minutes=30)
 """How long one exchange may take, once all processes are there."""
 
@@ -38,14 +41,23 @@ class Shard:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Tells the others if what is done in it fails, so that none waits for it."""
+        """Tells the others that this process lives, and if what is done in it fails.
+
+        So that none waits for it in vain.
+        """
+        if self.size == 1:
+            yield
+            return
+        over = threading.Event()
+        threading.Thread(target=self._beat, args=[over], daemon=True).start()
         try:
             yield
         except BaseException as error:
-            if self.size > 1:
-                said = f"{type(error).__name__}: {error}"
-                self._store.set(f"{self.rank}", f"failed: {said}")
+            said = f"{type(error).__name__}: {error}"
+            self._store.set(f"{self.rank}", f"failed: {said}")
             raise
+        finally:
+            over.set()
 
     def gather(self, state: State) -> Iterator[State]:
         """The states of all processes, one after the other; on every process alike.
@@ -60,11 +72,7 @@ class Shard:
             return
         self._store.set(f"{self.rank}", "done")
         for rank in range(self.size):
-            # Not in one call of the library, which may take all night and hears no
-            # signal meanwhile.
-            while not self._store.check([f"{rank}"]):
-                time.sleep(0.2)
-            said = self._store.get(f"{rank}").decode()
+            said = self._wait_for(rank)
             if said != "done":
                 raise RuntimeError(
                     f"process {rank} of {self.size} {said}. What it had done is in its "
@@ -75,6 +83,30 @@ class Shard:
         for rank in range(self.size):
             yield _broadcast(state if rank == self.rank else None, rank, group)
         dist.destroy_process_group(group)
+
+    def _wait_for(self, rank: int) -> str:
+        """What a process says when it is through.
+
+        Not in one call of the library, which may take all night and hears no signal.
+        """
+        beat, heard = b"", time.monotonic()
+        while not self._store.check([f"{rank}"]):
+            if self._store.check([f"{rank} beat"]):
+                before, beat = beat, self._store.get(f"{rank} beat")
+                heard = heard if beat == before else time.monotonic()
+            if time.monotonic() - heard > _SILENCE:
+                return f"gave no sign of life for {_SILENCE:.0f} s"
+            time.sleep(0.2)
+        return self._store.get(f"{rank}").decode()
+
+    def _beat(self, over: threading.Event) -> None:
+        for n in itertools.count():
+            try:
+                self._store.set(f"{self.rank} beat", f"{n}")
+            except RuntimeError:  # the process that has the store has ended
+                return
+            if over.wait(_SILENCE / 10):
+                return
 
 
 @contextlib.contextmanager
