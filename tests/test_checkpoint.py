@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -354,6 +355,40 @@ def test_half_a_batch_is_not_kept(model, pictures, tmp_path, monkeypatch):
     assert seen_by(tmp_path) == 4
     whole = probe(model, pictures, checkpoint=tmp_path)
     assert whole.layers.equals(probe(model, pictures).layers)
+
+
+def test_other_pictures_after_no_batch_at_all(model, pictures, tmp_path):
+    """Nothing of those that the run was begun with is left."""
+    arms = {"controls": ["shuffled_images"]}
+    wrong = ["nowhere.png", *pictures[:3]]
+    with pytest.raises(ValueError, match=r"image 0, 'nowhere.png'"):
+        probe(model, wrong, checkpoint=tmp_path, on_error="raise", **arms)
+    found = probe(model, pictures[3:], checkpoint=tmp_path, **arms)
+    assert found.layers.equals(probe(model, pictures[3:], **arms).layers)
+
+
+def test_another_calibration_is_refused(model, pictures, tmp_path):
+    arms = {"controls": ["random_adapter"], "calibration": 6}
+    probe(model, pictures[:4], checkpoint=tmp_path, **arms)
+    with pytest.raises(
+        ValueError, match="begun with 4 pictures to calibrate random_ad"
+    ):
+        probe(model, pictures, checkpoint=tmp_path, **arms)
+
+
+def test_a_lock_does_not_stay_with_forked_processes(tmp_path):
+    with Checkpoint(tmp_path, {}) as kept:
+        # What a fork would do without being asked: the child has the open file, too.
+        child = subprocess.Popen(["sleep", "60"], pass_fds=[kept._lock.fileno()])
+    try:
+        with Checkpoint(tmp_path, {}):
+            pass
+        # A run that was never saved stands in nobody's way.
+        with Checkpoint(tmp_path, {}, (0, 2)):
+            pass
+    finally:
+        child.kill()
+        child.wait()
 
 
 def test_very_many_names_fit(kept):

@@ -1,8 +1,10 @@
 """Blocks of examples: what is in them depends on nothing but their place."""
 
+import io
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -87,6 +89,58 @@ def test_looking_ahead_takes_nothing():
     assert [places(b) for b in feed.ahead()] == [[0, 1, 2], [3, 4, 5], [6]]
     assert [places(b) for b in feed.read()] == [[0, 1, 2], [3, 4, 5], [6]]
     assert list(feed.ahead()) == []
+
+
+def damaged_in_memory():
+    """A picture that is opened, and comes apart when it is read."""
+    file = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(file, "PNG")
+    broken = bytearray(file.getvalue())
+    broken[len(broken) // 2] ^= 255
+    return Image.open(io.BytesIO(bytes(broken)))
+
+
+@pytest.mark.parametrize("recognize", [False, True])
+@pytest.mark.parametrize("look", [False, True])
+def test_a_damaged_picture_in_memory_stays_a_failure(recognize, look):
+    """Read a second time, Pillow would give half of it, and no error."""
+    given = [*examples(2), Example(damaged_in_memory(), id="damaged")]
+    fed = Feed(given, 3, recognize=recognize)
+    if look:
+        assert [f.id for b in fed.ahead() for f in b.failures] == ["damaged"]
+    blocks = list(fed.read())
+    assert [f.id for b in blocks for f in b.failures] == ["damaged"]
+    assert [i.index for b in blocks for i in b.items] == [0, 1]
+
+
+def test_pictures_are_known_by_what_is_in_them(tmp_path):
+    def digest(image):
+        (block,) = Feed([image], 1, recognize=True).read()
+        return block.digest
+
+    frames = [Image.new("RGB", (9, 9), color) for color in ("red", "blue")]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    content = (tmp_path / "a.gif").read_bytes()
+
+    def opened():
+        return Image.open(io.BytesIO(content))
+
+    second, changed, palette = opened(), opened(), opened()
+    second.seek(1)
+    changed.putpixel((0, 0), 1)
+    palette.load()
+    other = palette.copy()
+    other.putpalette([9, 9, 9] * 256)
+    found = [
+        digest(opened()),
+        *map(digest, (second, changed, palette.copy(), other, tmp_path / "a.gif")),
+        digest("x" * 5000),  # no file can have such a name
+        digest(frames[0]),
+    ]
+    assert len(set(found)) == len(found)
+    assert digest(opened()) == found[0]
+    assert digest(Image.new("RGB", (9, 9), "red")) == found[-1]
 
 
 def test_only_the_next_block_is_read_meanwhile():

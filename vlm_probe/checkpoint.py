@@ -69,7 +69,10 @@ class Checkpoint:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file = self.folder / f"checkpoint-{rank}-of-{size}.safetensors"
         others = sorted(
-            {f.stem.partition("-of-")[2] for f in self.folder.glob("checkpoint-*-of-*")}
+            {
+                file.stem.partition("-of-")[2]
+                for file in self.folder.glob("checkpoint-*-of-*.safetensors")
+            }
             - {str(size)}
         )
         if others:
@@ -149,7 +152,11 @@ class Checkpoint:
 
     def __exit__(self, *error: object) -> None:
         """Lets another process take this part."""
-        if self._lock is not None:
+        if self._lock is not None and not self._lock.closed:
+            import fcntl
+
+            # Closing alone would leave it to processes forked meanwhile.
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
             self._lock.close()
 
 

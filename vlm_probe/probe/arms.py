@@ -44,6 +44,8 @@ class Arms:
         self._untrained: controls.Map | None = None
         self.last: Float[Tensor, "patch d_model"] | None = None
         """Vectors of the picture before the next one; only `shuffled_images` asks."""
+        self.calibrated = 0
+        """Pictures that `random_adapter` was calibrated on."""
 
     def prepare(self, feed: Feed) -> None:
         """Looks at the first pictures of the run for what needs them."""
@@ -116,6 +118,7 @@ class Arms:
                 encoded += self._encode(items)
             if len(encoded) >= self._settings.calibration:
                 break
+        self.calibrated = min(len(encoded), self._settings.calibration)
         if encoded:
             self._untrained = controls.random_adapter(
                 self._model.adapter,

@@ -7,7 +7,6 @@ several processes, computes the very batches of one that goes straight through.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 from collections import deque
@@ -65,7 +64,11 @@ class Block:
     def read(self) -> Block:
         """The block with its pictures, or why there are none."""
         items, failures = [], []
+        known = {failure.image: failure for failure in self.failures}
         for index, example in self.examples:
+            if index in known:
+                failures.append(known[index])
+                continue
             try:
                 items.append(Item(index, example, example.picture()))
             except UNREADABLE as error:
@@ -103,7 +106,10 @@ class Feed:
                 if block is None:
                     return
                 self._looked_at.append(block)
-            yield self._looked_at[place].read()
+            found = self._looked_at[place].read()
+            # What has failed is not tried again: a picture in memory may come apart.
+            self._looked_at[place] = replace(found, items=[])
+            yield found
 
     def read(
         self, start: int = 0, after: str = "", *, rank: int = 0, size: int = 1
@@ -173,15 +179,28 @@ class Feed:
 
 
 def _picture(image: Image.Image | Path | str | None) -> bytes:
-    """What tells a picture from others without reading files: their size, or pixels."""
-    in_memory = isinstance(image, Image.Image)
-    file = getattr(image, "filename", "") if in_memory else image
-    if in_memory and not file:
-        with contextlib.suppress(*UNREADABLE):
-            return repr((image.mode, image.size)).encode() + image.tobytes()
-        return b"unreadable"
-    path = Path(str(file))
-    return repr((str(file), path.stat().st_size if path.is_file() else -1)).encode()
+    """What tells a picture from others: of files their size, else all there is of it.
+
+    A picture that is still to be read from its file is not read here: Pillow, if it
+    fails at that once, gives half a picture the next time, and no error.
+    """
+    if not isinstance(image, Image.Image):
+        try:
+            size = Path(str(image)).stat().st_size
+        except (OSError, ValueError):  # it will be among the failures, with its reason
+            size = -1
+        return repr((str(image), size)).encode()
+    about = repr((image.mode, image.size, image.tell())).encode()
+    if not getattr(image, "tile", None):
+        return about + repr(image.getpalette()).encode() + image.tobytes()
+    file = image.fp
+    if file is None or not file.seekable():
+        return about
+    place = file.tell()
+    file.seek(0)
+    content = file.read()
+    file.seek(place)
+    return about + content
 
 
 def _check_same(before: str, after: str) -> None:

@@ -170,7 +170,7 @@ def _gathered(run: Run, shard: Shard) -> Run:
     if shard.size == 1:
         return run
     whole = Run(run.model, run.settings)
-    whole.complete = True
+    whole.encoding, whole.complete = run.encoding, True
     for state in shard.gather(run.state()):
         part = Run(run.model, run.settings)
         part.restore(state)

@@ -56,6 +56,8 @@ class Run:
         """Digest of all examples before it."""
         self.n_close = 0
         """Pairs of token and feature within rounding of the threshold."""
+        self.calibrated = 0
+        """Pictures that `random_adapter` was calibrated on."""
         self.complete = False
         """Whether there are no more images."""
         self.whole = True
@@ -96,6 +98,14 @@ class Run:
             self.restore(state)
             self.complete = False
         self._arms.prepare(feed)
+        before, now = self.calibrated, self._arms.calibrated
+        if self.next and before != now:
+            raise ValueError(
+                f"the run was begun with {before} pictures to calibrate random_adapter "
+                f"on, now there are {now}, so its adapter would be another; begin with "
+                "calibration pictures or more, or give another folder"
+            )
+        self.calibrated = now
 
     def add(self, block: Block, on_error: str) -> None:
         """Takes a block through all conditions.
@@ -115,8 +125,8 @@ class Run:
                 f"image {first.image}, {first.id!r}: {first.error} "
                 '(on_error="record" lists it and goes on)'
             )
-        self.failures += failures
         self.whole = False
+        self.failures += failures
         if items:
             self._pass(items, block.skipped)
         else:
@@ -189,7 +199,8 @@ class Run:
     def state(self) -> State:
         """All of it that could not be had again."""
         tensors = self.tallies.state()
-        if self._arms.last is not None:
+        # Before the first block it is of pictures that nothing was recorded of yet.
+        if self._arms.last is not None and self.next:
             tensors["last"] = self._arms.last
         record = {
             "failures": [asdict(failure) for failure in self.failures],
@@ -276,7 +287,7 @@ class Run:
         )
 
 
-_COUNTS = ("n_seen", "n_close", "next", "order", "complete")
+_COUNTS = ("n_seen", "n_close", "next", "order", "calibrated", "complete")
 """What else of a run is kept, JSON only."""
 
 _PACKAGES = (
