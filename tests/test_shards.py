@@ -143,12 +143,17 @@ def fails_in_one(rank, store, said, killed):
         time.sleep(3 * rank)
 
 
-def test_nobody_waits_for_a_process_that_was_killed(tmp_path):
-    said = killable.forked.SimpleQueue()
-    given = [(rank, tmp_path / "store", said, True) for rank in range(2)]
+def start_two(tmp_path, said, killed):
+    given = [(rank, tmp_path / "store", said, killed) for rank in range(2)]
     processes = [killable.forked.Process(target=fails_in_one, args=g) for g in given]
     for process in processes:
         process.start()
+    return processes
+
+
+def test_nobody_waits_for_a_process_that_was_killed(tmp_path):
+    said = killable.forked.SimpleQueue()
+    processes = start_two(tmp_path, said, killed=True)
     for process in processes:
         process.join(90)
     assert [process.exitcode for process in processes] == [0, -signal.SIGKILL]
@@ -159,10 +164,7 @@ def test_nobody_waits_for_a_process_that_was_killed(tmp_path):
 
 def test_nobody_waits_for_a_process_that_failed(tmp_path):
     said = killable.forked.Queue()
-    given = [(rank, tmp_path / "store", said, False) for rank in range(2)]
-    processes = [killable.forked.Process(target=fails_in_one, args=g) for g in given]
-    for process in processes:
-        process.start()
+    processes = start_two(tmp_path, said, killed=False)
     heard = dict(said.get(timeout=90) for _ in processes)
     assert heard[1] == "LookupError: no disk"
     assert heard[0].startswith(

@@ -17,6 +17,7 @@ from vlm_probe.checkpoint import Checkpoint, Stop, stoppable
 from vlm_probe.examples import Example
 from vlm_probe.model import VisionLanguageModel, cheap_findings
 from vlm_probe.probe.feed import Block, Feed
+from vlm_probe.probe.provenance import configuration
 from vlm_probe.probe.run import Run
 from vlm_probe.probe.shards import Shard
 from vlm_probe.result import ProbeResult
@@ -92,9 +93,8 @@ def probe_layers(
         kept = None
         if checkpoint is not None:
             part = shard.rank, shard.size
-            kept = open_things.enter_context(
-                Checkpoint(checkpoint, run.configuration(), part)
-            )
+            must = configuration(model, run.settings, run.layers, run.encoding)
+            kept = open_things.enter_context(Checkpoint(checkpoint, must, part))
         state = kept and kept.load()
         run.prepare(feed, state)
         if kept and state is None:

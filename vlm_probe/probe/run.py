@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
-from importlib.metadata import PackageNotFoundError, version
 
 import pandas as pd
 from jaxtyping import Float
@@ -19,6 +17,7 @@ from vlm_probe.probe.arms import Arms
 from vlm_probe.probe.clock import Clock
 from vlm_probe.probe.feed import Block, Failure, Feed, Item
 from vlm_probe.probe.prompts import Prompts
+from vlm_probe.probe.provenance import versions
 from vlm_probe.probe.tally import Tallies, Tally
 from vlm_probe.probe.visit import Coded, Visit
 from vlm_probe.result import ProbeResult
@@ -65,33 +64,6 @@ class Run:
         self._prompts = Prompts(model, settings)
         self._arms = Arms(model, settings, self._usable, self.clock)
 
-    def configuration(self) -> dict[str, object]:
-        """What decides the numbers, but for the images."""
-        vision, language = self.model.vision, self.model.language
-        settings = asdict(self.settings)
-        # "auto" may mean one thing here and another on the next machine.
-        settings["encoding"] = self.encoding
-        return {
-            "settings": settings,
-            "layers": self.layers,
-            "hook_point": self.model.hook_point,
-            "parts": self.model.identities(),
-            "saes": {
-                f"layer {layer}": sae.computes()
-                for layer, sae in outlines(self.model.saes).items()
-            },
-            "vision": {"block": vision.block, "preprocess": _plain(vision.preprocess)},
-            "language": {
-                "device": language.device.type,
-                "backend": language.backend,
-                "padding_side": language.padding_side,
-                "default_prompt": language.chat.default_prompt,
-                "chat_template": language.tokenizer.chat_template,
-            },
-            "reference_texts": list(self.model.reference_texts),
-            "versions": {name: _version(name) for name in _PACKAGES},
-        }
-
     def prepare(self, feed: Feed, state: State | None) -> None:
         """Goes back to a state, and looks at the first images for what needs them."""
         if state is not None:
@@ -102,8 +74,9 @@ class Run:
         if self.next and before != now:
             raise ValueError(
                 f"the run was begun with {before} pictures to calibrate random_adapter "
-                f"on, now there are {now}, so its adapter would be another; begin with "
-                "calibration pictures or more, or give another folder"
+                f"on, now there are {now}, so its adapter would be another; give the "
+                f"same pictures, or another folder and {self.settings.calibration} "
+                "pictures or more at its beginning"
             )
         self.calibrated = now
 
@@ -181,7 +154,7 @@ class Run:
             if self.complete
             else f"stopped after {self.n_seen}{of} images",
             "text_only_words": self._prompts.instead,
-            "versions": {name: _version(name) for name in _PACKAGES},
+            "versions": versions(),
         }
         return ProbeResult(
             layers=layers,
@@ -289,24 +262,3 @@ class Run:
 
 _COUNTS = ("n_seen", "n_close", "next", "order", "calibrated", "complete")
 """What else of a run is kept, JSON only."""
-
-_PACKAGES = (
-    "vlm_probe",
-    "torch",
-    "transformer-lens",
-    "sae-lens",
-    "nnsight",
-    "open_clip_torch",
-)
-
-
-def _plain(preprocess: object) -> str:
-    """What a transform does; where its functions lie in memory says nothing."""
-    return re.sub(r" at 0x[0-9a-f]+", "", str(preprocess))
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

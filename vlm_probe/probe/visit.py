@@ -90,14 +90,18 @@ class Visit:
             condition: Of the pass.
             encoding: How tokens are coded.
             pictured: By layer, what was made of the image tokens under the condition
-                `model`, which fills it. Nothing before a picture differs between
-                prompts, and nothing behind it is seen by it: under `shuffled_images`,
-                the tokens of each image are those of the image before under `model`.
+                `model`, which fills it if it will be asked for. Nothing before a
+                picture differs between prompts, and nothing behind it is seen by it:
+                under `shuffled_images`, the tokens of each image are those of the
+                image before under `model`.
         """
         self._model, self._settings = model, settings
         self._tallies, self._clock = tallies, clock
         self._prompts, self._images, self._names = prompts, np.array(images), names
         self._condition, self._pictured = condition, pictured
+        self._is_asked_again = (
+            condition == "model" and "shuffled_images" in settings.controls
+        )
         self._encoding = encoding
         self.n_close = 0
         """Pairs of token and feature within rounding of the threshold, so far."""
@@ -151,7 +155,7 @@ class Visit:
                 )
                 if self._is_shared(places):
                     coded = self._pictured[layer].after(coded)
-                elif places.group == "image" and self._condition == "model":
+                elif places.group == "image" and self._is_asked_again:
                     self._pictured[layer] = coded
                 self._add(layer, places, coded)
 
