@@ -1,5 +1,6 @@
 """A run that is stopped or killed goes on, and ends as if it had not been."""
 
+import itertools
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from tiny import tiny_model
 from vlm_probe.checkpoint import Checkpoint, State, stoppable
 from vlm_probe.probe import probe_layers
 from vlm_probe.probe.run import Run
+from vlm_probe.probe.visit import Visit
 from vlm_probe.result import TABLES, ProbeResult
 from vlm_probe.toy.examples import toy_examples
 
@@ -346,11 +348,15 @@ def test_what_went_through_before_an_error_is_kept(model, pictures, tmp_path):
 def test_half_a_batch_is_not_kept(model, pictures, tmp_path, monkeypatch):
     probe(model, pictures[:4], checkpoint=tmp_path)
 
-    def failing(*_):
-        raise BrokenError
+    add, calls = Visit._add, itertools.count()
+
+    def failing(*given):
+        if next(calls) == 3:  # the first layers have this batch, the others not
+            raise BrokenError
+        add(*given)
 
     with monkeypatch.context() as patch, pytest.raises(BrokenError):
-        patch.setattr("vlm_probe.probe.visit.Visit._add", failing)
+        patch.setattr(Visit, "_add", failing)
         probe(model, pictures, checkpoint=tmp_path)
     assert seen_by(tmp_path) == 4
     whole = probe(model, pictures, checkpoint=tmp_path)

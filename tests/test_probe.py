@@ -224,6 +224,12 @@ def test_shuffled_images_are_the_vectors_of_the_image_before(model, pictures):
     a = shuffled.layers.query("condition == 'shuffled_images'")
     b = direct.layers.query("group != 'text_only'")
     np.testing.assert_allclose(a[list(METRICS)], b[list(METRICS)], rtol=1e-5)
+    # Which features fire, how strongly and where, is that of the other image, too.
+    for table in ("features", "top_features"):
+        a = getattr(shuffled, table).query("condition == 'shuffled_images'")
+        b = getattr(direct, table).query("group != 'text_only'")
+        a, b = (t.drop(columns="condition").reset_index(drop=True) for t in (a, b))
+        pd.testing.assert_frame_equal(a, b, rtol=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3])

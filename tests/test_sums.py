@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlm_probe.sums import LayerSums, bootstrap_weights
+from vlm_probe.sums import LayerSums, bootstrap_weights, unit_sums
 from vlm_probe.tokens import METRICS
 
 
@@ -33,6 +33,19 @@ def test_two_tokens_by_hand():
     assert row["norm"] == pytest.approx((5 + 2) / 2)
     assert (row["n_tokens"], row["n_images"]) == (2, 1)
     assert np.isnan(row["mse_low"])  # one image bounds nothing
+
+
+def test_sums_move_to_the_next_image_by_hand():
+    def sums(*images):
+        unit = np.repeat(np.arange(len(images)), [len(image) for image in images])
+        x = torch.tensor([[float(v)] for image in images for v in image])
+        return unit_sums(x, x, torch.ones(len(x)).int(), unit, len(images))
+
+    moved = sums([1], [2, 3], [4]).after(sums([7, 8, 9], [], []))
+    expected = sums([7, 8, 9], [1], [2, 3])
+    assert moved.counts.tolist() == expected.counts.tolist() == [3, 1, 2]
+    assert torch.equal(moved.scalars, expected.scalars)
+    assert moved.vector.tolist() == [[24], [1], [5]]
 
 
 def test_every_metric_is_there():
