@@ -1,5 +1,6 @@
 """A run that is stopped or killed goes on, and ends as if it had not been."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -68,9 +69,10 @@ def test_killed_twenty_times_it_ends_with_the_same_bytes(tmp_path):
         # Some die before they have begun, some as they write, some far along.
         process.join(rng.uniform(0, took))
         if process.exitcode is None:
-            os.kill(process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it ended just now
+                os.kill(process.pid, signal.SIGKILL)
             process.join()
-            assert process.exitcode == -signal.SIGKILL
+        if process.exitcode == -signal.SIGKILL:
             killed += 1
             reached.append(seen_by(kept))
         else:  # done before it was killed: once more from the start
