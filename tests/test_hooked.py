@@ -40,10 +40,10 @@ def loaded(request, checkpoint):
     return LanguageModel.load(checkpoint[1], backend=request.param)
 
 
-def expected(hf, prompt, vectors):
+def expected(hf, prompt, vectors, inject_layer=0):
     """One prompt, alone and unpadded, through Hugging Face: residuals and logits."""
     inputs = hf.get_input_embeddings()(torch.tensor([prompt.ids])).clone()
-    inputs[0, list(prompt.image)] = vectors
+    inputs[0, list(prompt.image)] = 0 if inject_layer else vectors
     blocks = next(
         m for m in hf.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3
     )
@@ -57,6 +57,15 @@ def expected(hf, prompt, vectors):
         )
         for block in blocks
     ]
+    if inject_layer:
+
+        def put(module, given):
+            (entering, *rest) = given
+            entering = entering.clone()
+            entering[0, list(prompt.image)] = vectors
+            return entering, *rest
+
+        hooks.append(blocks[inject_layer].register_forward_pre_hook(put))
     with torch.no_grad():
         logits = hf(inputs_embeds=inputs).logits[0]
     for hook in hooks:
@@ -90,6 +99,32 @@ def test_residuals_and_logits_are_hugging_faces(checkpoint, loaded, side, pictur
                 seen[layer][row, :n], residual, atol=1e-5, rtol=0
             )
         torch.testing.assert_close(logits[row, :n], answer, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_vectors_that_enter_later(checkpoint, loaded, layer):
+    prompts = [loaded.chat.image_prompt(q, PATCHES) for q in QUESTIONS]
+    vectors = torch.randn(len(QUESTIONS), PATCHES, 32)
+    seen = {}
+    loaded.read(
+        prompts,
+        vectors,
+        range(3),
+        lambda n, x: seen.update({n: x.clone()}),
+        inject_layer=layer,
+    )
+    with torch.no_grad():
+        logits = loaded.logits(prompts, vectors, inject_layer=layer)
+    for row, prompt in enumerate(prompts):
+        residuals, answer = expected(checkpoint[2], prompt, vectors[row], layer)
+        for n, residual in enumerate(residuals):
+            # The block before gives what stood there until then.
+            torch.testing.assert_close(
+                seen[n][row, : len(prompt.ids)], residual, atol=1e-5, rtol=0
+            )
+        torch.testing.assert_close(
+            logits[row, : len(prompt.ids)], answer, atol=1e-5, rtol=0
+        )
 
 
 def test_the_kind_is_the_one_asked_for(checkpoint, loaded, request):

@@ -240,3 +240,44 @@ def test_another_number_of_vectors_is_refused(language, prompts, vectors):
         read(language, prompts, None)
     with pytest.raises(ValueError, match="have 0 image positions, vectors are 9"):
         read(language, [language.chat.text_prompt("a", "b")] * 3, vectors)
+
+
+def test_gradients_of_vectors_that_enter_later(language, prompts, vectors):
+    """By finite differences, through the block before which they enter and later."""
+    residuals = {}
+    vectors.requires_grad_()
+    logits = language.logits(
+        prompts,
+        vectors,
+        layers=[0, 1, 2],
+        visit=lambda n, x: residuals.update({n: x}),
+        inject_layer=1,
+    )
+    # Layer 0 comes before them: nothing of it depends on them.
+    assert [residuals[n].requires_grad for n in range(3)] == [False, True, True]
+    assert list(residuals) == [0, 1, 2]
+    (logits[:, 6].square().mean() + residuals[1][:, 5].sum()).backward()
+
+    def value(moved):
+        seen = {}
+        with torch.no_grad():
+            logits = language.logits(
+                prompts,
+                moved,
+                layers=[1],
+                visit=lambda n, x: seen.update({n: x[:, 5].sum()}),
+                inject_layer=1,
+            )
+        return logits[:, 6].square().mean() + seen[1]
+
+    step = torch.zeros_like(vectors)
+    step[1, 2, 3] = 1e-5
+    here = vectors.detach()
+    slope = (value(here + step) - value(here - step)) / 2e-5
+    torch.testing.assert_close(vectors.grad[1, 2, 3], slope, rtol=1e-5, atol=1e-7)
+
+
+def test_no_block_to_enter_before(language, prompts, vectors):
+    for layer in (-1, LAYERS):
+        with pytest.raises(ValueError, match="enter before one of the blocks 0 to 2"):
+            language.logits(prompts, vectors, inject_layer=layer)

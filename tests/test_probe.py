@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from tiny import FEATURES, LAYERS, tiny_model
+from tiny import D_MODEL, D_VISION, FEATURES, LAYERS, tiny_model
 
+from vlm_probe.adapter import LinearAdapter
 from vlm_probe.examples import Example
 from vlm_probe.language import LanguageModel
 from vlm_probe.probe import probe_layers
@@ -403,3 +404,37 @@ def test_pictures_alone_are_enough(model):
     assert result.top_features.id.unique().tolist() == ["0"]
     assert isinstance(model.language, LanguageModel)
     assert probe(model, [Example(Image.new("RGB", (9, 9)), id="x")]).meta["n_images"]
+
+
+def test_image_tokens_are_missing_before_they_enter(model, pictures):
+    """Nothing is measured where nothing is, and later layers are as by hand."""
+    weights = model.adapter.state_dict()
+    late = LinearAdapter(D_VISION, D_MODEL, manifest={"inject_layer": 1})
+    late.load_state_dict(weights)
+    late.requires_grad_(False)
+    later = replace(model, adapter=late)
+    result = probe(later, pictures, controls=CONTROLS)
+    image = result.layers[result.layers.group == "image"]
+    assert set(image.layer) == {1, 2}
+    assert set(result.layers.layer) == {0, 1, 2}
+    for table in (result.features, result.top_features):
+        assert set(table[table.group == "image"].layer) == {1, 2}
+    seen = {}
+    n_patches = 16
+    prompts = [later.language.chat.image_prompt(e.prompt, n_patches) for e in pictures]
+    vectors = later.adapter(later.vision.encode([e.picture() for e in pictures]))
+    later.language.read(
+        prompts,
+        vectors,
+        [1],
+        lambda n, x: seen.update({n: x[:, 1 : 1 + n_patches].norm(dim=-1).mean()}),
+        inject_layer=1,
+    )
+    (row,) = image[(image.layer == 1) & (image.condition == "model")].itertuples()
+    assert row.norm == pytest.approx(float(seen[1]), rel=1e-5)
+    assert result.meta["inject_layer"] == 1
+    with pytest.raises(ValueError, match="come before block 1"):
+        probe(later, pictures, layers=[0], groups=["image"])
+    with pytest.raises(ValueError, match="enter before block 3; the language model"):
+        beyond = LinearAdapter(D_VISION, D_MODEL, manifest={"inject_layer": 3})
+        replace(model, adapter=beyond)

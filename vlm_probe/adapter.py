@@ -21,7 +21,8 @@ class Adapter(nn.Module):
 
     Its `manifest` says what it is and how it came to be, in JSON: `kind`, `d_vision`
     and `d_model` always; `vision` and `vision_block`, the vision model and the block
-    whose tokens it takes; `language`, the language model it speaks to; and how it was
+    whose tokens it takes; `language`, the language model it speaks to;
+    `inject_layer`, if its vectors do not enter before the first block; and how it was
     trained, from `train_adapter` its `stages`. What is not known is left out.
     """
 
@@ -33,6 +34,11 @@ class Adapter(nn.Module):
         self.d_model = layers[-1].out_features
         widths = {"d_vision": self.d_vision, "d_model": self.d_model}
         self.manifest = {**(manifest or {}), "kind": self.kind, **widths}
+
+    @property
+    def inject_layer(self) -> int:
+        """Before which block of the language model its vectors enter, from 0."""
+        return self.manifest.get("inject_layer", 0)
 
     def forward(
         self, patches: Float[Tensor, "*image patch d_vision"]

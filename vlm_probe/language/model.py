@@ -203,6 +203,7 @@ class LanguageModel:
         visit: Visitor,
         *,
         hook_point: str = "resid_post",
+        inject_layer: int = 0,
     ) -> None:
         """Runs prompts as far as the last layer asked for; each layer is visited.
 
@@ -216,18 +217,12 @@ class LanguageModel:
             visit: Called once for each layer, in rising order; position p of a row is
                 position p of its prompt, on whichever side it was padded.
             hook_point: Where in a block: one of `HOOK_POINTS`.
+            inject_layer: Before which block the vectors are put in. Until then nothing
+                stands at their positions: zeros enter the first block.
         """
-        check_names("hook point", [hook_point], HOOK_POINTS)
-        ordered = sorted(set(layers))
-        if not ordered or not 0 <= ordered[0] <= ordered[-1] < self.n_layers:
-            raise ValueError(
-                f"layers {list(layers)}: expected some of 0 to {self.n_layers - 1}"
-            )
-        if hook_point == "resid_mid" and self.hooked.cfg.parallel_attn_mlp:
-            raise ValueError(
-                f"{self.name!r} has no resid_mid, for attention and MLP of its blocks "
-                "stand side by side; take SAEs of resid_pre or resid_post"
-            )
+        if not layers:
+            raise ValueError(f"layers []: expected some of 0 to {self._last}")
+        way = self._way(layers, visit, hook_point, inject_layer)
         batch = self._batch(prompts, vectors)
         with (
             torch.no_grad(),
@@ -235,29 +230,41 @@ class LanguageModel:
                 batch.tokens,
                 return_type=None,
                 attention_mask=batch.mask,
-                stop_at_layer=ordered[-1] + 1,
+                stop_at_layer=max(layers) + 1,
             ) as tracer,
         ):
-            self._traced.hook_embed.output[batch.rows, batch.positions] = batch.put
-            for layer in ordered:
-                point = getattr(self._traced.blocks[layer], f"hook_{hook_point}")
-                visit(layer, batch.aligned(point.output))
+            self._go(way, batch, max(layers))
             tracer.stop()  # the rest of the last block, if it was read before its end
 
     def logits(
         self,
         prompts: Sequence[Prompt],
         vectors: Float[Tensor, "row patch d_model"] | None,
+        *,
+        layers: Sequence[int] = (),
+        visit: Visitor | None = None,
+        hook_point: str = "resid_post",
+        inject_layer: int = 0,
     ) -> Float[Tensor, "row pos vocab"]:
         """Logits at every position; gradients reach `vectors` and nothing else.
 
-        Positions past a prompt's end mean nothing.
+        They are the model's own, a final soft-cap included. Positions past a prompt's
+        end mean nothing.
+
+        Args:
+            prompts: Prompts of any lengths.
+            vectors: What goes to the prompts' image positions; None without pictures.
+            layers: Layers that are visited on the way, with their gradients.
+            visit: As in `read`.
+            hook_point: As in `read`.
+            inject_layer: As in `read`.
         """
+        way = self._way(layers, visit, hook_point, inject_layer)
         batch = self._batch(prompts, vectors)
         with self._traced.trace(
             batch.tokens, return_type="logits", attention_mask=batch.mask
         ) as tracer:
-            self._traced.hook_embed.output[batch.rows, batch.positions] = batch.put
+            self._go(way, batch, self._last)
             logits = tracer.result.save()
         # Bound inside the trace, whose body runs elsewhere.
         return batch.aligned(logits)  # pyright: ignore[reportPossiblyUnboundVariable]
@@ -281,6 +288,7 @@ class LanguageModel:
         vectors: Float[Tensor, "row patch d_model"] | None,
         *,
         max_new_tokens: int = 16,
+        inject_layer: int = 0,
     ) -> list[str]:
         """Greedy answers, up to the end-of-text token, without special tokens."""
         growing = list(prompts)
@@ -296,6 +304,7 @@ class LanguageModel:
             logits = self.logits(
                 [growing[i] for i in open_rows],
                 None if vectors is None else vectors[open_rows],
+                inject_layer=inject_layer,
             )
             for row, i in enumerate(open_rows):
                 prompt = growing[i]
@@ -305,6 +314,55 @@ class LanguageModel:
         return [
             self.tokenizer.decode(words, skip_special_tokens=True) for words in said
         ]
+
+    @property
+    def _last(self) -> int:
+        return self.n_layers - 1
+
+    def _way(
+        self,
+        layers: Sequence[int],
+        visit: Visitor | None,
+        hook_point: str,
+        inject_layer: int,
+    ) -> _Way:
+        """What is to be done on a pass, if it can be done.
+
+        Raises:
+            ValueError: It cannot; says what can.
+        """
+        check_names("hook point", [hook_point], HOOK_POINTS)
+        if layers and not 0 <= min(layers) <= max(layers) <= self._last:
+            raise ValueError(
+                f"layers {list(layers)}: expected some of 0 to {self._last}"
+            )
+        if not 0 <= inject_layer <= self._last:
+            raise ValueError(
+                f"inject_layer {inject_layer}: image vectors enter before one of the "
+                f"blocks 0 to {self._last}"
+            )
+        if hook_point == "resid_mid" and self.hooked.cfg.parallel_attn_mlp:
+            raise ValueError(
+                f"{self.name!r} has no resid_mid, for attention and MLP of its blocks "
+                "stand side by side; take SAEs of resid_pre or resid_post"
+            )
+        return _Way(frozenset(layers), visit, hook_point, inject_layer)
+
+    def _go(self, way: _Way, batch: _Batch, last: int) -> None:
+        """Puts vectors in and visits layers, in a trace of a pass as far as `last`."""
+        blocks, places = self._traced.blocks, (batch.rows, batch.positions)
+        at = way.inject_layer
+        self._traced.hook_embed.output[places] = 0 if at else batch.put
+        # In the order in which the model comes by.
+        for layer in sorted({*way.layers, at}):
+            if layer and layer == at <= last:
+                # A copy: what a visitor got of the block before is the same tensor.
+                entering = blocks[layer].hook_resid_pre.output.clone()
+                entering[places] = batch.put
+                blocks[layer].hook_resid_pre.output = entering
+            if way.visit is not None and layer in way.layers:
+                point = getattr(blocks[layer], f"hook_{way.hook_point}")
+                way.visit(layer, batch.aligned(point.output))
 
     def _batch(
         self,
@@ -352,6 +410,16 @@ class LanguageModel:
             positions.to(self.device),
             put.to(self.device, self.dtype),
         )
+
+
+@dataclass(frozen=True)
+class _Way:
+    """What is done on a pass: where vectors are put in, and what is visited."""
+
+    layers: frozenset[int]
+    visit: Visitor | None
+    hook_point: str
+    inject_layer: int
 
 
 @dataclass(frozen=True)

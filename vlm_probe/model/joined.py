@@ -52,6 +52,12 @@ class VisionLanguageModel:
                 f"language model {self.language.name!r} takes {self.language.d_model}; "
                 "use the language model that the adapter was trained with"
             )
+        if not 0 <= self.adapter.inject_layer < self.language.n_layers:
+            raise ValueError(
+                f"the adapter's vectors enter before block {self.adapter.inject_layer}; "
+                f"the language model {self.language.name!r} has blocks 0 to "
+                f"{self.language.n_layers - 1}; use the one it was trained with"
+            )
         if not self.saes:
             raise ValueError("no SAE given; at least one layer needs one")
         for layer, sae in outlines(self.saes).items():

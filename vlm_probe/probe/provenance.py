@@ -41,6 +41,7 @@ def configuration(
         "settings": asdict(settings) | {"encoding": encoding},
         "layers": list(layers),
         "hook_point": model.hook_point,
+        "inject_layer": model.adapter.inject_layer,
         "parts": model.identities(),
         "saes": {
             f"layer {layer}": sae.computes()

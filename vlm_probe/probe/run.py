@@ -38,6 +38,12 @@ class Run:
         """
         layers = sorted(model.saes) if settings.layers is None else settings.layers
         check_names("layer", list(map(str, layers)), list(map(str, sorted(model.saes))))
+        first = model.adapter.inject_layer
+        if tuple(settings.groups) == ("image",) and max(layers) < first:
+            raise ValueError(
+                f"layers {sorted(layers)} come before block {first}, where the adapter's "
+                "vectors enter: there are no image tokens; ask for later layers"
+            )
         self.model = model
         self.settings = settings
         self.layers = sorted(set(layers))
@@ -144,6 +150,7 @@ class Run:
             "encoding": self.encoding,
             "layers": self.layers,
             "hook_point": self.model.hook_point,
+            "inject_layer": self.model.adapter.inject_layer,
             "n_layers": self.model.language.n_layers,
             "patch_grid": list(self.model.vision.grid),
             "d_model": self.model.language.d_model,
@@ -244,7 +251,12 @@ class Run:
             return
         with self.clock("language"):
             self.model.language.read(
-                prompts, vectors, self.layers, visit, hook_point=self.model.hook_point
+                prompts,
+                vectors,
+                self.layers,
+                visit,
+                hook_point=self.model.hook_point,
+                inject_layer=self.model.adapter.inject_layer,
             )
         self.n_close += visit.n_close
 

@@ -148,6 +148,8 @@ class Visit:
             l0, stop = codes.l0(), 0
             for places, length in zip(self._groups, self._lengths, strict=True):
                 start, stop = stop, stop + length
+                if self._is_not_there_yet(layer, places):
+                    continue
                 here, unit = slice(start, stop), places.row[:length]
                 coded = Coded(
                     codes.part(start, stop),
@@ -161,6 +163,10 @@ class Visit:
 
     def _is_shared(self, places: Places) -> bool:
         return places.group == "image" and self._condition == "shuffled_images"
+
+    def _is_not_there_yet(self, layer: int, places: Places) -> bool:
+        """Whether image vectors enter only before a later block."""
+        return places.group == "image" and layer < self._model.adapter.inject_layer
 
     def _add(self, layer: int, places: Places, coded: Coded) -> None:
         tally = self._tallies.of((layer, places.group, self._condition))
