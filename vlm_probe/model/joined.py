@@ -54,7 +54,8 @@ class VisionLanguageModel:
             )
         if not 0 <= self.adapter.inject_layer < self.language.n_layers:
             raise ValueError(
-                f"the adapter's vectors enter before block {self.adapter.inject_layer}; "
+                "the adapter's vectors enter before block "
+                f"{self.adapter.inject_layer}; "
                 f"the language model {self.language.name!r} has blocks 0 to "
                 f"{self.language.n_layers - 1}; use the one it was trained with"
             )

@@ -41,8 +41,8 @@ class Run:
         first = model.adapter.inject_layer
         if tuple(settings.groups) == ("image",) and max(layers) < first:
             raise ValueError(
-                f"layers {sorted(layers)} come before block {first}, where the adapter's "
-                "vectors enter: there are no image tokens; ask for later layers"
+                f"layers {sorted(layers)} come before block {first}, where the "
+                "adapter's vectors enter: there are no image tokens; ask for later ones"
             )
         self.model = model
         self.settings = settings
