@@ -5,7 +5,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint check bench notebooks toy figures browser clean
+.PHONY: help install demo test lint check bench notebooks toy adapter variants figures \
+  browser clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -44,11 +45,17 @@ notebooks: install  ## execute every notebook
 
 # By default glibc hands large temporaries back to the system at every use and pays
 # page faults for each anew; kept, they make training on CPU up to seven times faster.
-toy: export MALLOC_MMAP_MAX_ = 0
-toy: export MALLOC_TRIM_THRESHOLD_ = 20000000000
-toy: export MALLOC_TOP_PAD_ = 268435456
+toy adapter variants: export MALLOC_MMAP_MAX_ = 0
+toy adapter variants: export MALLOC_TRIM_THRESHOLD_ = 20000000000
+toy adapter variants: export MALLOC_TOP_PAD_ = 268435456
 toy: install  ## train the toy again into data/toy, an hour or two
 	$(BIN)/vlm-probe toy
+
+adapter: install  ## train the toy's adapter again between its frozen parts, a quarter
+	$(BIN)/vlm-probe toy --stages adapter
+
+variants: install  ## train and compare other adapters, an hour; docs/adapter_variants.md
+	$(BIN)/vlm-probe toy-variants
 
 figures: install  ## draw the README's figure again; needs a Chrome or Chromium
 	$(BIN)/vlm-probe demo --figure docs/toy_curves.png

@@ -53,7 +53,8 @@ def test_a_conversation_by_hand(language):
         "<user> where ? <assistant> top left <end>"
     )
     assert prompt.image == range(1, 3)
-    spoken = [prompt.ids[position] for position in said]
+    assert [len(span) for span in said] == [2, 3]
+    spoken = [prompt.ids[position] for span in said for position in span]
     spoken = " ".join(language.tokenizer.convert_ids_to_tokens(spoken))
     assert spoken == "red <end> top left <end>"
 

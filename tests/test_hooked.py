@@ -211,7 +211,7 @@ def test_a_base_model_gets_plain_lines(tmp_path):
         "what color is it?\n",
     )
     whole, answer = language.chat.conversation([("what?", "red")], 2)
-    spoken = [whole.ids[i] for i in answer]
+    spoken = [whole.ids[i] for i in answer[0]]
     assert language.tokenizer.decode(spoken) == "red<|endoftext|>"
 
 

@@ -59,23 +59,23 @@ class Chat:
 
     def conversation(
         self, turns: Sequence[tuple[str | None, str]], n_patches: int
-    ) -> tuple[Prompt, list[int]]:
+    ) -> tuple[Prompt, list[range]]:
         """A picture and a whole conversation on it.
 
         Args:
             turns: Questions and answers.
-            n_patches: How many positions the picture takes.
+            n_patches: How many positions the picture takes; 0 without picture.
 
         Returns:
-            The prompt, and the positions of what the assistant says, end-of-turn
-            tokens included.
+            The prompt, and for each turn the positions of what the assistant says,
+            end-of-turn tokens included.
 
         Raises:
             ValueError: The chat template writes a conversation's beginning in another
                 way once it goes on, so that answers cannot be told apart.
         """
         whole = self._chat(turns)
-        said: list[int] = []
+        said: list[range] = []
         for n in range(len(turns)):
             asked = self._chat([*turns[:n], (turns[n][0], None)])
             answered = self._chat(turns[: n + 1])
@@ -84,7 +84,7 @@ class Chat:
                     "the tokenizer's chat template does not keep the beginning of a "
                     "conversation as it goes on; train with single turns"
                 )
-            said += range(len(asked) + n_patches, len(answered) + n_patches)
+            said.append(range(len(asked) + n_patches, len(answered) + n_patches))
         return self._with_picture(whole, n_patches), said
 
     def _before_the_picture(self) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool
 
 from vlm_probe.examples import Example
+from vlm_probe.tokens import check_names
 from vlm_probe.toy.texts import DESCRIBE, KINDS, Turn, ask, ask_any, caption
 from vlm_probe.toy.world import Scene, draw_scene, render
 
@@ -48,22 +48,34 @@ def toy_examples(
     return found
 
 
-def training_examples(stage: str, *, seed: int = 0) -> Iterator[ToyExample]:
-    """Endless examples to train the adapter on.
+class TrainingExamples(Sequence[ToyExample]):
+    """Examples to train the adapter on, each drawn when it is asked for."""
 
-    Args:
-        stage: "captions", or "answers" with five questions to a picture.
-        seed: Of pictures and words.
-    """
-    for i in itertools.count():
-        rng = np.random.default_rng([seed, i, stage == "answers"])
+    def __init__(self, stage: str, n: int, *, seed: int = 0) -> None:
+        """Draws none yet.
+
+        Args:
+            stage: "captions", or "answers" with five questions to a picture.
+            n: How many.
+            seed: Of pictures and words.
+        """
+        check_names("stage", [stage], ("captions", "answers"))
+        self._stage, self._n, self._seed = stage, n, seed
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __getitem__(self, i: int) -> ToyExample:  # pyright: ignore -- no slices
+        if not 0 <= i < self._n:
+            raise IndexError(f"example {i} of {self._n}")
+        rng = np.random.default_rng([self._seed, i, self._stage == "answers"])
         scene = draw_scene(rng, _count(rng))
         turns = (
             [ask_any(scene, rng) for _ in range(5)]
-            if stage == "answers"
+            if self._stage == "answers"
             else [Turn("caption", DESCRIBE, caption(scene, rng))]
         )
-        yield _example(f"{stage}-{seed}-{i}", scene, turns, rng)
+        return _example(f"{self._stage}-{self._seed}-{i}", scene, turns, rng)
 
 
 def _count(rng: np.random.Generator) -> int:

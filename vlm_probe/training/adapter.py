@@ -1,198 +1,207 @@
-"""A linear adapter learned through the frozen language model."""
+"""An adapter is learned through the frozen language model, step by step."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+import pandas as pd
+from accelerate import Accelerator
 from tqdm.auto import tqdm
 
-from vlm_probe.adapter import LinearAdapter
-from vlm_probe.examples import Example, as_examples
+from vlm_probe.adapter import Adapter
+from vlm_probe.checkpoint import Checkpoint, Stop, stoppable
+from vlm_probe.examples import Example
 from vlm_probe.language import LanguageModel
+from vlm_probe.saes import LayerSae
+from vlm_probe.tokens import check_names
+from vlm_probe.training.batches import Failure, as_stages
+from vlm_probe.training.frozen import Frozen
+from vlm_probe.training.session import NotFiniteError, Session
+from vlm_probe.training.settings import TRACKERS, AdapterTraining, Stage
+from vlm_probe.training.tracking import Tracking
 from vlm_probe.vision import VisionModel
 
 
 @dataclass(frozen=True)
-class AdapterTraining:
-    """Settings of one stage of training."""
+class TrainedAdapter:
+    """An adapter, and how it was learned."""
 
-    steps: int
-    """Optimizer steps."""
-    batch_size: int = 24
-    """Conversations a step."""
-    learning_rate: float = 3e-3
-    """Peak rate of AdamW; rises over 3 % of the steps, then falls along a cosine."""
-    calibration: int = 256
-    """Pictures whose patch tokens give the mean and covariance for whitening."""
-    seed: int = 0
-    """Of the untrained adapter."""
+    adapter: Adapter
+    """Frozen, and of plain patch tokens; its manifest says how it came to be."""
+    curve: pd.DataFrame
+    """A row per step; see `vlm_probe.training.curve.COLUMNS`."""
+    failures: pd.DataFrame
+    """Examples that could not be learned from: `stage`, `index`, `id`, `error`."""
+    partial: str | None = None
+    """How far training came, if it was stopped."""
 
 
 def train_adapter(
     vision: VisionModel,
     language: LanguageModel,
-    stages: Sequence[tuple[Iterable[Example], AdapterTraining]],
+    stages: Sequence[tuple[Iterable[Example], Stage]],
+    settings: AdapterTraining | None = None,
     *,
-    manifest: dict | None = None,
-) -> LinearAdapter:
-    """Fits an adapter so that the language model gives the right answers.
+    saes: Mapping[int, LayerSae] | None = None,
+    reference_texts: Sequence[str] = (),
+    out: str | Path | None = None,
+    resume: bool = False,
+    checkpoint_every: float = 60.0,
+    vision_cache: str | Path | None = None,
+    on_error: str = "record",
+    track: Sequence[str] = (),
+    progress: bool = True,
+    manifest: Mapping[str, object] | None = None,
+    **changes: object,
+) -> TrainedAdapter:
+    """Learns an adapter, so that the language model gives the right answers.
 
-    The loss is the cross-entropy of what the assistant says, averaged over the batch's
-    tokens; no weight of the vision or language model changes. The map is learned on
-    whitened patch tokens, so that what varies little is learned as fast as what varies
-    much, and folded back into one affine map at the end.
+    The loss is the cross-entropy of what the assistant says; vision model, language
+    model and SAEs stay frozen, which is proved by digests of their weights before and
+    after. An example that cannot be used (its picture cannot be read, nothing is said
+    about it, or only beyond `max_length`) is listed in `failures`, and its batch is
+    smaller for it.
+
+    Started by `accelerate launch`, processes share each step's examples: two of them do
+    what one does with twice the batch. Ctrl-C or SIGTERM ends training after its step.
 
     Args:
         vision: Gives patch tokens.
-        language: Reads the adapter's vectors.
-        stages: Examples and settings of each stage in turn (the paper's: captions,
-            then instructions). Endless streams are read as far as needed.
+        language: Reads the adapter's vectors. What it computes in decides what training
+            does; the adapter itself is learned in float32.
+        stages: Examples and settings of each stage in turn (the paper's: captions, then
+            instructions), `vlm_probe.training.settings.PAPER`. Examples with a length
+            and an index, such as lists and what `read_examples` gives, are shuffled
+            each epoch.
+        settings: What is learned, and how.
+        saes: By layer; needed for `sae_penalty`, and measured beside the loss if given.
+        reference_texts: Give the norm of words at `inject_layer`; the embedded texts if
+            not given.
+        out: A folder for adapter.safetensors, metrics.csv (the curve, while it grows),
+            failures.csv, and the checkpoint.
+        resume: Goes on with the run that `out` holds. On the CPU, with as many threads,
+            it ends with the very numbers of one that was never stopped.
+        checkpoint_every: How often the checkpoint is written, in seconds.
+        vision_cache: A folder in which patch tokens are kept, for later epochs and
+            runs.
+        on_error: "record" lists an example that cannot be used and goes on; "raise"
+            stops.
+        track: Where else to send the curve: "wandb", "tensorboard".
+        progress: Whether to show a progress bar.
         manifest: Anything to be kept beside the weights, JSON only.
+        **changes: Fields of `AdapterTraining`, over `settings`, such as
+            `kind="mlp2x_gelu"`, `inject_layer=3`, `sae_penalty=0.1`.
 
     Raises:
-        ValueError: A stage's examples end before its steps are done, or an example
-            has no answer.
+        FileExistsError: `out` holds a run already, and `resume` is not asked for.
+        FileNotFoundError: `resume` is asked for, and there is nothing to go on with.
+        KeyboardInterrupt: Stopped twice.
+        RuntimeError: A frozen weight changed; nothing is saved.
+        TypeError: Something among the examples is none, or an unknown setting.
+        ValueError: A loss that is not a number (the batch is named, and the state
+            before it is kept), a stage without a usable example, or a checkpoint of
+            another run.
     """
-    fitted = None
-    for number, (examples, settings) in enumerate(stages):
-        stream = as_examples(examples)
-        if fitted is None:
-            first = list(itertools.islice(stream, settings.calibration))
-            fitted = _Whitened(vision, language, first, settings.seed)
-            stream = itertools.chain(first, stream)
-        _stage(number, fitted, vision, language, stream, settings)
-    if fitted is None:
-        raise ValueError("no stage of training given; expected at least one")
-    return fitted.folded(
-        {
-            "stages": [asdict(settings) for _, settings in stages],
-            "vision": vision.name,
-            "vision_block": vision.block,
-            "language": language.name,
-        }
-        | (manifest or {})
+    check_names("on_error", [on_error], ("record", "raise"))
+    check_names("tracker", list(track), TRACKERS)
+    settings = _changed(settings or AdapterTraining(), changes)
+    frozen = Frozen(vision, language, saes or {}, settings)
+    folder = None if out is None else Path(out)
+    accelerator = Accelerator(cpu=language.device.type == "cpu")
+    session = Session(
+        frozen,
+        as_stages(stages),
+        settings,
+        accelerator=accelerator,
+        folder=folder,
+        vision_cache=None if vision_cache is None else Path(vision_cache),
+        on_error=on_error,
     )
-
-
-class _Whitened(nn.Module):
-    """The adapter as it is learned: whitening, then an affine map."""
-
-    def __init__(
-        self,
-        vision: VisionModel,
-        language: LanguageModel,
-        examples: Sequence[Example],
-        seed: int,
-    ) -> None:
-        super().__init__()
-        patches = vision.encode([e.picture() for e in examples]).flatten(0, 1).double()
-        variance, axes = torch.linalg.eigh(torch.cov(patches.T))
-        # Directions with next to no variance would turn into noise.
-        scale = variance.clamp(min=float(variance.max()) * 1e-4).rsqrt()
-        self.register_buffer("mean", patches.mean(0))
-        self.register_buffer("whiten", (axes * scale).T)
-        embeddings = language.hooked.W_E
-        norm = float(embeddings.norm(dim=1).mean())
-        generator = torch.Generator().manual_seed(seed)
-        self.map = nn.Linear(vision.d_vision, language.d_model)
-        with torch.no_grad():
-            # Unit variance in every direction: a vector's norm is that of its map.
-            weight = torch.randn(self.map.weight.shape, generator=generator)
-            self.map.weight.copy_(weight * norm / weight.norm())
-            self.map.bias.zero_()
-
-    def forward(
-        self, patches: Float[Tensor, "image patch d_vision"]
-    ) -> Float[Tensor, "image patch d_model"]:
-        white = (patches.double() - self.mean) @ self.whiten.T
-        return self.map(white.to(self.map.weight.dtype))
-
-    def folded(self, manifest: dict) -> LinearAdapter:
-        """One affine map from raw patch tokens."""
-        d_model, d_vision = self.map.weight.shape
-        adapter = LinearAdapter(d_vision, d_model, manifest=manifest)
-        with torch.no_grad():
-            weight = self.map.weight.double() @ self.whiten
-            adapter.linear.weight.copy_(weight)
-            adapter.linear.bias.copy_(self.map.bias - weight @ self.mean)
-        return adapter.eval().requires_grad_(False)
-
-
-def _stage(
-    number: int,
-    adapter: _Whitened,
-    vision: VisionModel,
-    language: LanguageModel,
-    stream: Iterable[Example],
-    settings: AdapterTraining,
-) -> None:
-    optimizer = torch.optim.AdamW(
-        adapter.parameters(), lr=settings.learning_rate, weight_decay=0.0
-    )
-    warm = max(1, round(0.03 * settings.steps))
-    schedule = torch.optim.lr_scheduler.SequentialLR(
-        optimizer,
-        [
-            torch.optim.lr_scheduler.LinearLR(optimizer, 0.03, 1.0, warm),
-            torch.optim.lr_scheduler.CosineAnnealingLR(
-                optimizer, max(1, settings.steps - warm), 1e-8
-            ),
-        ],
-        [warm],
-    )
-    stream = iter(stream)
-    bar = tqdm(
-        range(settings.steps), desc=f"adapter, stage {number + 1}", mininterval=5
-    )
-    for step in bar:
-        batch = list(itertools.islice(stream, settings.batch_size))
-        if len(batch) < settings.batch_size:
-            raise ValueError(
-                f"stage {number + 1} ran out of examples at step {step} of "
-                f"{settings.steps}; give more examples or fewer steps"
+    with contextlib.ExitStack() as open_things:
+        kept = None
+        if folder is not None and session.is_main:
+            kept = open_things.enter_context(
+                Checkpoint(folder / "checkpoint", session.configuration())
             )
-        loss = _loss(adapter, vision, language, batch)
-        if not loss.isfinite():
-            raise ValueError(
-                f"the loss is not a number at step {step} of stage {number + 1}; "
-                f"examples {', '.join(str(e.id) for e in batch)}"
-            )
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-
-
-def _loss(
-    adapter: _Whitened,
-    vision: VisionModel,
-    language: LanguageModel,
-    batch: Sequence[Example],
-) -> Float[Tensor, ""]:
-    patches = vision.encode([example.picture() for example in batch])
-    prompts, rows, positions = [], [], []
-    for row, example in enumerate(batch):
-        if example.answer is None:
-            raise ValueError(
-                f"example {example.id!r} has no answer; training needs one for each"
-            )
-        turns = [(example.prompt, example.answer), *example.turns]
-        prompt, said = language.chat.conversation(turns, patches.shape[1])
-        prompts.append(prompt)
-        rows += [row] * len(said)
-        positions += said
-    logits = language.logits(prompts, adapter(patches))
-    at = torch.tensor(positions)
-    targets = torch.tensor(
-        [prompts[r].ids[p] for r, p in zip(rows, positions, strict=True)]
+        session.begin(kept, resume, list(reference_texts))
+        tracking = open_things.enter_context(
+            Tracking(track if session.is_main else (), folder, settings)
+        )
+        stop = open_things.enter_context(stoppable())
+        open_things.callback(session.curve.close)
+        try:
+            for row in _shown(session, stop, progress):
+                tracking.log(row)
+                if kept and kept.age() >= checkpoint_every:
+                    session.save(kept)
+        except NotFiniteError:
+            if kept:
+                session.save(kept)
+            raise
+        if kept:
+            session.save(kept)
+    session.wait()
+    frozen.check()
+    partial = None if session.complete else session.progress
+    trained = TrainedAdapter(
+        session.adapter(dict(manifest or {})),
+        session.curve.table(),
+        pd.DataFrame(
+            [asdict(failure) for failure in session.failures],
+            columns=[field.name for field in fields(Failure)],
+        ),
+        partial,
     )
-    predicted = logits[torch.tensor(rows), at - 1]
-    return nn.functional.cross_entropy(predicted.float(), targets.to(predicted.device))
+    if folder is not None and session.is_main:
+        trained.failures.to_csv(folder / "failures.csv", index=False)
+        if not partial:
+            unfinished = folder / "adapter.unfinished"
+            trained.adapter.save(unfinished)
+            unfinished.replace(folder / "adapter.safetensors")
+    return trained
+
+
+def _shown(
+    session: Session, stop: Stop, progress: bool
+) -> Iterator[dict[str, float | int | None]]:
+    """Steps of all stages, in progress bars that say how it goes."""
+    for number in session.to_come():
+        with session.stage(number) as steps:
+            bar = tqdm(
+                total=session.n_steps,
+                initial=session.step,
+                desc=f"adapter, stage {number}",
+                unit="step",
+                disable=not progress or not session.is_main,
+                mininterval=1.0,
+            )
+            with bar:
+                for row in steps:
+                    loss, speed = row["loss"], row["tokens_per_second"]
+                    shown = "none" if loss is None else f"{loss:.3f}"
+                    bar.set_postfix_str(
+                        f"loss {shown}, {speed:.0f} tokens/s", refresh=False
+                    )
+                    bar.update()
+                    yield row
+                    if session.asked_to_stop(stop.asked):
+                        return
+    session.complete = True
+
+
+def _changed(
+    settings: AdapterTraining, changes: Mapping[str, object]
+) -> AdapterTraining:
+    valid = [field.name for field in fields(AdapterTraining)]
+    if unknown := [name for name in changes if name not in valid]:
+        raise TypeError(
+            f"unknown setting {', '.join(map(repr, unknown))}; "
+            f"valid: {', '.join(valid)}"
+        )
+    return replace(settings, **changes)
+
+
+__all__ = ["AdapterTraining", "Stage", "TrainedAdapter", "train_adapter"]

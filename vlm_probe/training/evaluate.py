@@ -2,77 +2,279 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
+from PIL import Image
+from scipy import stats
+from torch import Tensor
 
-from vlm_probe.adapter import LinearAdapter
+from vlm_probe.adapter import Adapter
 from vlm_probe.controls import previous_image
-from vlm_probe.examples import Example
+from vlm_probe.examples import UNREADABLE, Example, as_examples
 from vlm_probe.language import LanguageModel
+from vlm_probe.training.objective import lesson, surprise
 from vlm_probe.vision import VisionModel
+
+ARMS = ("true_image", "shuffled_image", "no_image")
+"""What stands in the prompt: the example's picture, that of the example before it (the
+first gets the last's), or none at all."""
+
+_SURE = 0.05
+
+
+@dataclass(frozen=True)
+class AdapterEvaluation:
+    """What the language model says with an adapter's pictures, and without."""
+
+    examples: pd.DataFrame
+    """One row per example: `id`, `kind` (of the toy's, else empty), `answer`, and for
+    each arm what was said (`true_image`, ...), whether that was right
+    (`true_image_right`; missing where there is no answer), and the cross-entropy of the
+    caption (`true_image_caption`, in nats a token; missing where there is none)."""
+    failures: pd.DataFrame
+    """Examples that could not be used: `id` and `error`."""
+
+    def summary(self) -> pd.DataFrame:
+        """One row per arm.
+
+        Columns:
+            `n_answers`, `accuracy` with its 95 % Wilson bounds, `n_captions`,
+            `caption_cross_entropy` (mean, nats a token) with 95 % bounds (Student's t).
+        """
+        return pd.DataFrame([self._arm(arm) for arm in ARMS])
+
+    def by_kind(self) -> pd.DataFrame:
+        """Shares of right answers: a row per kind of question and one of all."""
+        columns = {f"{arm}_right": arm for arm in ARMS}
+        answered = self.examples.dropna(subset=["answer"]).rename(columns=columns)
+        right = answered.assign(**answered[list(ARMS)].astype(float))
+        found = right.groupby("kind")[list(ARMS)].mean()
+        found.loc["all"] = right[list(ARMS)].mean()
+        return found
+
+    def p_values(self) -> dict[str, float]:
+        """How likely such an advantage over the shuffled image is by chance.
+
+        For `answers` McNemar's exact test on the examples that only one arm got right,
+        for `captions` Wilcoxon's signed-rank test on the differences; one-sided. What
+        was not measured is left out.
+        """
+        found = {}
+        right = self._both("right")
+        if len(right):
+            won = int((right.true_image & ~right.shuffled_image).sum())
+            lost = int((~right.true_image & right.shuffled_image).sum())
+            told = stats.binomtest(won, won + lost, alternative="greater")
+            found["answers"] = float(told.pvalue) if won + lost else 1.0
+        nats = self._both("caption")
+        if len(nats):
+            gained = (nats.shuffled_image - nats.true_image).to_numpy(float)
+            found["captions"] = (
+                float(stats.wilcoxon(gained, alternative="greater").pvalue)
+                if gained.any()
+                else 1.0
+            )
+        return found
+
+    @property
+    def verdict(self) -> str:
+        """Whether the adapter beats the shuffled image, in words."""
+        words = []
+        for measure, p in self.p_values().items():
+            does = "beats" if p < _SURE else "does not beat"
+            words.append(f"{does} the shuffled image in {measure} (p = {p:.2g})")
+        return f"the adapter {' and '.join(words)}"
+
+    def _both(self, what: str) -> pd.DataFrame:
+        names = {f"{arm}_{what}": arm for arm in ARMS[:2]}
+        found = self.examples[list(names)].rename(columns=names).dropna()
+        return found.astype(bool if what == "right" else float)
+
+    def _arm(self, arm: str) -> dict[str, object]:
+        right = self.examples[f"{arm}_right"].dropna().astype(bool)
+        nats = self.examples[f"{arm}_caption"].dropna().to_numpy(float)
+        row: dict[str, object] = {"arm": arm, "n_answers": len(right)}
+        for name in ("accuracy", "accuracy_low", "accuracy_high"):
+            row[name] = np.nan
+        if len(right):
+            hits = stats.binomtest(int(right.sum()), len(right))
+            bounds = hits.proportion_ci(method="wilson")
+            row |= {
+                "accuracy": hits.statistic,
+                "accuracy_low": bounds.low,
+                "accuracy_high": bounds.high,
+            }
+        row["n_captions"] = len(nats)
+        name = "caption_cross_entropy"
+        row |= {name: np.nan, f"{name}_low": np.nan, f"{name}_high": np.nan}
+        if len(nats):
+            row[name] = nats.mean()
+        if len(nats) > 1:
+            half = stats.t.ppf(0.975, len(nats) - 1) * stats.sem(nats)
+            row |= {
+                f"{name}_low": nats.mean() - half,
+                f"{name}_high": nats.mean() + half,
+            }
+        return row
 
 
 def evaluate_adapter(
     vision: VisionModel,
-    adapter: LinearAdapter,
+    adapter: Adapter,
     language: LanguageModel,
-    examples: Sequence[Example],
+    examples: Iterable[Example],
     *,
     batch_size: int = 32,
-) -> pd.DataFrame:
-    """Answers with the true picture and with another one.
+) -> AdapterEvaluation:
+    """Answers and captions with the true picture, with another one, and with none.
 
-    An answer is right if the greedy answer equals it, spaces and case aside. The other
-    picture is the example before; the first gets the last's.
+    An answer is right if the greedy answer equals it, spaces, case and a full stop at
+    the end aside. Only the first question of an example is asked. Of a caption,
+    cross-entropy is that of the model's answer to its default prompt.
 
     Args:
         vision: Gives patch tokens.
-        adapter: What is evaluated.
+        adapter: What is evaluated; its vectors enter where it says.
         language: Answers.
-        examples: At least two, with prompt and answer.
+        examples: At least two that can be read, with answer or caption; none of them
+            trained on.
         batch_size: Pictures at a time.
 
-    Returns:
-        One row per example: `id`, `kind` (of the toy's examples, else empty),
-        `answer`, `true_image`, `shuffled_image` (what was said), and whether each was
-        right, as `true_right` and `shuffled_right`.
+    Raises:
+        ValueError: Fewer than two examples can be used.
+
+    Warns:
+        UserWarning: The adapter does not beat the shuffled image.
     """
+    given = list(as_examples(examples))
+    failures: list[dict[str, str]] = []
+    rows: list[dict[str, object]] = []
     with torch.no_grad():
-        chunks = [
-            adapter(
-                vision.encode([e.picture() for e in examples[at : at + batch_size]])
-            )
-            for at in range(0, len(examples), batch_size)
-        ]
-    vectors = torch.cat(chunks)
-    shuffled = previous_image(vectors, vectors[-1])
-    rows = []
-    for at in range(0, len(examples), batch_size):
-        batch = examples[at : at + batch_size]
-        prompts = [
-            language.chat.image_prompt(e.prompt, vectors.shape[1]) for e in batch
-        ]
-        said = [
-            language.generate(prompts, v[at : at + batch_size], max_new_tokens=6)
-            for v in (vectors, shuffled)
-        ]
-        for example, true, other in zip(batch, *said, strict=True):
-            answer = _plain(example.answer or "")
-            rows.append(
-                {
-                    "id": example.id,
-                    "kind": getattr(example, "kind", ""),
-                    "answer": answer,
-                    "true_image": _plain(true),
-                    "shuffled_image": _plain(other),
-                    "true_right": _plain(true) == answer,
-                    "shuffled_right": _plain(other) == answer,
-                }
-            )
-    return pd.DataFrame(rows)
+        last = next(_read(reversed(given), []), None)
+        before = None if last is None else adapter(vision.encode([last[1]]))[0]
+        pairs = _read(given, failures)
+        while batch := list(itertools.islice(pairs, batch_size)):
+            vectors = adapter(vision.encode([picture for _, picture in batch]))
+            arms = vectors, previous_image(vectors, before), None
+            before = vectors[-1]
+            rows += _asked(language, [e for e, _ in batch], arms, adapter.inject_layer)
+    if len(rows) < 2:
+        first = f"; the first, {failures[0]['id']!r}: {failures[0]['error']}"
+        raise ValueError(
+            f"{len(rows)} of {len(given)} examples can be used, expected at least two"
+            + (first if failures else "")
+        )
+    found = AdapterEvaluation(
+        pd.DataFrame(rows), pd.DataFrame(failures, columns=["id", "error"])
+    )
+    if any(p >= _SURE for p in found.p_values().values()):
+        warnings.warn(found.verdict, stacklevel=2)
+    return found
+
+
+def _read(
+    examples: Iterable[Example], failures: list[dict[str, str]]
+) -> Iterator[tuple[Example, Image.Image]]:
+    """Examples with their pictures; those that cannot be used go to `failures`."""
+    for example in examples:
+        try:
+            if example.answer is None and example.caption is None:
+                raise ValueError("neither answer nor caption to compare with")
+            yield example, example.picture()
+        except UNREADABLE as error:
+            failures.append({"id": str(example.id), "error": str(error)})
+
+
+def _asked(
+    language: LanguageModel,
+    batch: Sequence[Example],
+    arms: Sequence[Float[Tensor, "image patch d_model"] | None],
+    inject_layer: int,
+) -> list[dict[str, object]]:
+    """Rows of the table."""
+    rows: list[dict[str, object]] = [
+        {
+            "id": example.id,
+            "kind": getattr(example, "kind", ""),
+            "answer": None if example.answer is None else _plain(example.answer),
+        }
+        for example in batch
+    ]
+    for arm, vectors in zip(ARMS, arms, strict=True):
+        said = _answers(language, batch, vectors, inject_layer)
+        nats = _captions(language, batch, vectors, inject_layer)
+        for i, row in enumerate(rows):
+            right = said[i] == row["answer"] if i in said else None
+            row |= {
+                arm: said.get(i),
+                f"{arm}_right": right,
+                f"{arm}_caption": nats.get(i),
+            }
+    return rows
+
+
+def _answers(
+    language: LanguageModel,
+    batch: Sequence[Example],
+    vectors: Float[Tensor, "image patch d_model"] | None,
+    inject_layer: int,
+) -> dict[int, str]:
+    """What is said to those of a batch that have an answer, by place."""
+    places = [i for i, example in enumerate(batch) if example.answer is not None]
+    if not places:
+        return {}
+    n_patches = 0 if vectors is None else vectors.shape[1]
+    said = language.generate(
+        [language.chat.image_prompt(batch[i].prompt, n_patches) for i in places],
+        None if vectors is None else vectors[places],
+        # With these at its end, an answer is longer than any right one.
+        max_new_tokens=max(_length(language, batch[i].answer or "") for i in places)
+        + 2,
+        inject_layer=inject_layer,
+    )
+    return {i: _plain(words) for i, words in zip(places, said, strict=True)}
+
+
+def _captions(
+    language: LanguageModel,
+    batch: Sequence[Example],
+    vectors: Float[Tensor, "image patch d_model"] | None,
+    inject_layer: int,
+) -> dict[int, float]:
+    """Cross-entropy of the captions of those of a batch that have one, by place."""
+    places = [i for i, example in enumerate(batch) if example.caption is not None]
+    if not places:
+        return {}
+    n_patches = 0 if vectors is None else vectors.shape[1]
+    most = language.hooked.cfg.n_ctx
+    lessons = [
+        lesson(
+            language.chat,
+            Example(batch[i].image, answer=batch[i].caption),
+            n_patches,
+            most,
+        )
+        for i in places
+    ]
+    nats, rows = surprise(
+        language,
+        lessons,
+        None if vectors is None else vectors[places],
+        inject_layer=inject_layer,
+    )
+    return {i: float(nats[rows == row].double().mean()) for row, i in enumerate(places)}
+
+
+def _length(language: LanguageModel, words: str) -> int:
+    return len(language.tokenizer(words, add_special_tokens=False).input_ids)
 
 
 def _plain(words: str) -> str:
-    return " ".join(words.lower().split())
+    return " ".join(words.lower().split()).removesuffix(".").strip()

@@ -1,27 +1,17 @@
-"""The command line."""
+"""Commands that probe a model."""
 
 from __future__ import annotations
 
-import json
 import sys
-from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Literal
 
-import tyro
-
+from vlm_probe.cli.app import INTERRUPTED, Files, Model, Settings, app, load_model
 from vlm_probe.settings import Parts, ProbeSettings
 from vlm_probe.tokens import CONTROLS
 
 if TYPE_CHECKING:
-    from vlm_probe.model import VisionLanguageModel
     from vlm_probe.result import ProbeResult
-
-Files = Annotated[tuple[Path, ...], tyro.conf.Positional]
-Settings = Annotated[ProbeSettings, tyro.conf.arg(name="")]
-Model = Annotated[Parts, tyro.conf.arg(name="")]
-
-app = tyro.extras.SubcommandApp()
 
 
 @app.command
@@ -60,7 +50,7 @@ def probe(
     examples = read_examples(images[0]) if conversations else list(images)
     with joined() as shard:
         result = probe_layers(
-            _load(model, parts),
+            load_model(model, parts),
             examples,
             settings,
             checkpoint=checkpoint,
@@ -70,7 +60,7 @@ def probe(
     if shard.rank == 0:
         _finish(result, out)
     if result.partial:
-        sys.exit(_INTERRUPTED)
+        sys.exit(INTERRUPTED)
 
 
 @app.command
@@ -90,7 +80,7 @@ def doctor(
     """
     from vlm_probe.checkup import doctor
 
-    findings = doctor(_load(model, parts), settings)
+    findings = doctor(load_model(model, parts), settings)
     if wrong := [f.check for f in findings if f.verdict == "wrong"]:
         sys.exit(f"vlm-probe: wrong: {', '.join(wrong)}")
 
@@ -123,89 +113,6 @@ def demo(
         result.plot().write_image(figure, width=1200, height=520, scale=2)
 
 
-@app.command(name="toy-examples")
-def toy_examples(
-    *, n: int = 108, out: Path = Path("toy-examples"), seed: int = 0
-) -> None:
-    """Write held-out toy pictures and questions as a conversation file.
-
-    Args:
-        n: How many pictures.
-        out: Folder for examples.json, in LLaVA's format, and images/.
-        seed: Another seed gives other pictures.
-    """
-    from vlm_probe.examples import write_examples
-    from vlm_probe.toy import examples
-
-    write_examples(examples.toy_examples(n, seed=seed), out / "examples.json")
-    print(f"{n} examples in {out / 'examples.json'}")
-
-
-@app.command
-def toy(
-    *,
-    stages: tuple[str, ...] = ("language", "vision", "saes", "adapter"),
-    out: Path = Path("data/toy"),
-    seed: int = 0,
-) -> None:
-    """Train the toy model again, and print what each part reaches on held-out data.
-
-    Args:
-        stages: Which parts, in this order: language, vision, saes, adapter.
-        out: The toy's folder.
-        seed: Of everything random.
-    """
-    from vlm_probe.toy.build import FROZEN, build_frozen, write_description
-
-    valid = (*FROZEN, "adapter")
-    if unknown := [stage for stage in stages if stage not in valid]:
-        raise ValueError(f"unknown stage {unknown[0]!r}; valid: {', '.join(valid)}")
-    out.mkdir(parents=True, exist_ok=True)
-    write_description(out)
-    record = out / "figures.json"
-    figures = json.loads(record.read_text()) if record.is_file() else {}
-    for stage in stages:
-        build = _toy_adapter if stage == "adapter" else build_frozen
-        figures[stage] = build(stage, out, seed=seed)
-        print(f"{stage}: {json.dumps(figures[stage], indent=1)}", flush=True)
-        record.write_text(json.dumps(figures, indent=1) + "\n")
-
-
-def _toy_adapter(stage: str, folder: Path, *, seed: int) -> dict:
-    """Trains the toy's adapter through its frozen parts, and lets it answer."""
-    from vlm_probe.language import LanguageModel
-    from vlm_probe.toy.examples import toy_examples, training_examples
-    from vlm_probe.training.adapter import AdapterTraining, train_adapter
-    from vlm_probe.training.evaluate import evaluate_adapter
-    from vlm_probe.vision import VisionModel
-
-    vision = VisionModel.load(folder / "vision")
-    language = LanguageModel.load(folder / "language")
-    recipe = AdapterTraining(steps=250, seed=seed)
-    adapter = train_adapter(
-        vision,
-        language,
-        [
-            (training_examples("captions", seed=seed), recipe),
-            (training_examples("answers", seed=seed), replace(recipe, steps=800)),
-        ],
-        manifest={"seed": seed},
-    )
-    adapter.save(folder / f"{stage}.safetensors")
-    answers = evaluate_adapter(vision, adapter, language, toy_examples(2016))
-    right = ["true_right", "shuffled_right"]
-    by_kind = answers.groupby("kind")[right].mean()
-    by_kind.loc["all"] = answers[right].mean()
-    return by_kind.round(3).to_dict("index")
-
-
-def _load(model: str | None, parts: Parts) -> VisionLanguageModel:
-    from vlm_probe.model import load
-
-    given = {f.name: getattr(parts, f.name) for f in fields(Parts)}
-    return load(model, **{n: part for n, part in given.items() if part is not None})
-
-
 def _finish(result: ProbeResult, out: Path) -> None:
     """Prints the layer table, and saves everything."""
     if result.partial:
@@ -218,17 +125,3 @@ def _finish(result: ProbeResult, out: Path) -> None:
         print(f"not read: {failure.id}: {failure.error}", file=sys.stderr)
     result.save(out)
     print(f"\ntables in {out}, report: {result.report(out / 'report.html')}")
-
-
-_INTERRUPTED = 130
-"""Exit status of what Ctrl-C ended: 128 and the signal's number."""
-
-
-def main() -> None:
-    """Runs `vlm-probe`."""
-    try:
-        app.cli(prog="vlm-probe", description="Where image tokens become language.")
-    except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
-    except (ValueError, TypeError, OSError) as error:
-        sys.exit(f"vlm-probe: {error}")

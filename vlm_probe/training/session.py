@@ -1,0 +1,459 @@
+"""What is learned so far, and how a step adds to it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
+
+from vlm_probe.adapter import Adapter
+from vlm_probe.checkpoint import Checkpoint, State
+from vlm_probe.examples import Example
+from vlm_probe.training.batches import Batch, Batches, Failure, Item
+from vlm_probe.training.curve import Curve
+from vlm_probe.training.frozen import Frozen
+from vlm_probe.training.learner import Learner, word_norm
+from vlm_probe.training.objective import loss
+from vlm_probe.training.settings import AdapterTraining, Stage
+
+
+class NotFiniteError(ValueError):
+    """A loss or gradient that is not a number; what was learned before it is whole."""
+
+
+class Session:
+    """A run of training: the learner, where in the data it is, and its curve."""
+
+    def __init__(
+        self,
+        frozen: Frozen,
+        stages: Sequence[tuple[Iterable[Example], Stage]],
+        settings: AdapterTraining,
+        *,
+        accelerator: Accelerator,
+        folder: Path | None,
+        vision_cache: Path | None,
+        on_error: str,
+    ) -> None:
+        """Has learned nothing yet."""
+        self._frozen, self._settings = frozen, settings
+        self._accelerator, self._folder = accelerator, folder
+        self._on_error = on_error
+        vision, language = frozen.vision, frozen.language
+        self._stages = [stage for _, stage in stages]
+        rows, columns = vision.grid
+        most = language.hooked.cfg.n_ctx
+        self._batches = [
+            Batches(
+                examples,
+                stage,
+                number=number,
+                seed=settings.seed,
+                chat=language.chat,
+                n_patches=rows * columns,
+                max_length=min(stage.max_length or most, most),
+                part=(accelerator.process_index, accelerator.num_processes),
+            )
+            for number, (examples, stage) in enumerate(stages, 1)
+        ]
+        learner = Learner(vision.d_vision, language.d_model, settings)
+        self._learner = learner.to(language.device)
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._resumed: dict[str, Tensor] = {}
+        """State of the optimizer that waits for its stage."""
+        self.curve = Curve(None if folder is None else folder / "metrics.csv")
+        self.failures: list[Failure] = []
+        self._known: set[tuple[int, int]] = set()
+        """Stage and index of the failures."""
+        self.number, self.step = 1, 0
+        """The stage, from 1, and the steps of it that are done."""
+        self._learned = 0
+        """Examples of this stage that were learned from."""
+        self.complete = False
+        """Whether there are no more steps."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files."""
+        return self._accelerator.is_main_process
+
+    @property
+    def n_steps(self) -> int:
+        """Steps of the stage."""
+        return self._batches[self.number - 1].n_steps
+
+    @property
+    def progress(self) -> str:
+        """How far it is, in words."""
+        return (
+            f"stopped in stage {self.number} of {len(self._stages)}, after step "
+            f"{self.step} of {self.n_steps}"
+        )
+
+    def begin(
+        self, kept: Checkpoint | None, resume: bool, reference_texts: list[str]
+    ) -> None:
+        """Takes up a checkpoint, or scales and whitens the untrained adapter.
+
+        Raises:
+            FileExistsError: There is a run already, and `resume` is not asked for.
+            FileNotFoundError: There is none, and it is.
+        """
+        state = kept.load() if kept else None
+        if self._folder is not None:
+            # Only the main process has the checkpoint open.
+            (state,) = broadcast_object_list([state])
+            if state is not None and not resume:
+                raise FileExistsError(
+                    f"there is a run in {self._folder} already; ask for resume "
+                    "(--resume) to go on with it, or give another folder"
+                )
+        if resume and state is None:
+            raise FileNotFoundError(
+                f"nothing to resume: no checkpoint in {self._folder}; begin without "
+                "resume (--resume)"
+            )
+        if state is not None:
+            self._restore(state)
+            return
+        self._calibrate(reference_texts)
+        if kept:
+            self.curve.restore(0, 0)
+            self.save(kept)  # so that it is known at once if it cannot be
+
+    def to_come(self) -> Iterator[int]:
+        """Numbers of the stages that are not done."""
+        while self.number <= len(self._stages):
+            yield self.number
+            if self.step < self.n_steps:
+                return  # stopped
+            self.number, self.step, self._learned = self.number + 1, 0, 0
+
+    @contextlib.contextmanager
+    def stage(self, number: int) -> Iterator[Iterator[dict[str, float | int | None]]]:
+        """The steps of a stage that are still to come, done as they are taken.
+
+        Gives rows of the curve.
+        """
+        stage, batches = self._stages[number - 1], self._batches[number - 1]
+        parameters = list(self._learner.parameters())
+        optimizer = torch.optim.AdamW(
+            parameters, lr=stage.learning_rate, weight_decay=stage.weight_decay
+        )
+        self._optimizer = optimizer
+        _restore_optimizer(optimizer, self._resumed)
+        self._resumed = {}
+        for group in optimizer.param_groups:
+            group["initial_lr"] = stage.learning_rate  # asked for behind step 0
+        schedule = get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer,
+            num_warmup_steps=round(stage.warm_up * batches.n_steps),
+            num_training_steps=batches.n_steps,
+            min_lr=min(stage.final_rate, stage.learning_rate),
+            last_epoch=self.step - 1,
+        )
+        todo = range(self.step * stage.accumulate, len(batches))
+        loader = DataLoader(
+            batches,
+            batch_size=None,
+            sampler=todo,  # pyright: ignore[reportArgumentType] -- any iterable
+            num_workers=self._settings.workers,
+            collate_fn=_unchanged,
+        )
+        yield self._steps(stage, iter(loader), optimizer, schedule)
+        if self.step == batches.n_steps and not self._learned:
+            first = next((f for f in self.failures if f.stage == number), None)
+            raise ValueError(
+                f"none of the examples of stage {number} could be learned from"
+                + (f"; the first, {first.id!r}: {first.error}" if first else "")
+            )
+
+    def asked_to_stop(self, here: bool) -> bool:
+        """Whether any of the processes was asked to stop."""
+        return bool(self._of_all(torch.tensor(float(here))))
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self._accelerator.wait_for_everyone()
+
+    def adapter(self, manifest: dict) -> Adapter:
+        """What was learned, as an adapter of plain patch tokens."""
+        language, vision = self._frozen.language, self._frozen.vision
+        told = {
+            "stages": [
+                asdict(stage) | {"n_examples": batches.n_examples}
+                for stage, batches in zip(self._stages, self._batches, strict=True)
+            ],
+            "training": asdict(self._settings),
+            "vision": vision.name,
+            "vision_block": vision.block,
+            "language": language.name,
+            "frozen": self._frozen.digests,
+            "n_failures": len(self.failures),
+        }
+        if self._settings.inject_layer:
+            told["inject_layer"] = self._settings.inject_layer
+        if not self.complete:
+            told["partial"] = self.progress
+        return self._learner.folded(told | manifest)
+
+    def configuration(self) -> dict[str, object]:
+        """All that must be the same for a run to go on, JSON only."""
+        vision, language = self._frozen.vision, self._frozen.language
+        return {
+            "settings": asdict(self._settings) | {"workers": None},
+            "stages": [
+                asdict(stage) | {"n_examples": batches.n_examples}
+                for stage, batches in zip(self._stages, self._batches, strict=True)
+            ],
+            "processes": self._accelerator.num_processes,
+            "frozen": self._frozen.digests,
+            "vision_block": vision.block,
+            "language": {
+                "device": language.device.type,
+                "dtype": str(language.dtype),
+                "backend": language.backend,
+                "default_prompt": language.chat.default_prompt,
+                "chat_template": language.tokenizer.chat_template,
+            },
+        }
+
+    def save(self, kept: Checkpoint) -> None:
+        """Writes the checkpoint."""
+        self.curve.to_disk()
+        tensors = {f"learner.{k}": v for k, v in self._learner.state_dict().items()}
+        if self._optimizer is not None:
+            for index, moments in self._optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{index}.{k}": v for k, v in moments.items()}
+        tensors["rng"] = torch.get_rng_state()
+        record = {
+            "stage": self.number,
+            "step": self.step,
+            "learned": self._learned,
+            "failures": [asdict(failure) for failure in self.failures],
+            "ids": self._ids_before(),
+        }
+        kept.save(State({k: v.clone() for k, v in tensors.items()}, record))
+
+    def _restore(self, state: State) -> None:
+        tensors, record = dict(state.tensors), state.record
+        torch.set_rng_state(tensors.pop("rng").cpu())
+        learned = {}
+        for name, tensor in tensors.items():
+            part, _, rest = name.partition(".")
+            (learned if part == "learner" else self._resumed)[rest] = tensor
+        self._learner.load_state_dict(learned)
+        self.number, self.step = record["stage"], record["step"]
+        self._learned = record["learned"]
+        self.failures = [Failure(**failure) for failure in record["failures"]]
+        self._known = {(f.stage, f.index) for f in self.failures}
+        if self.is_main:
+            self.curve.restore(self.number, self.step)
+            if (ids := self._ids_before()) != record["ids"]:
+                raise ValueError(
+                    f"the run in {self._folder} last learned from the examples "
+                    f"{record['ids'][:3]}..., and at their place are now {ids[:3]}...; "
+                    "give the examples it was begun with, or another folder"
+                )
+
+    def _ids_before(self) -> list[str]:
+        """Ids of the last batch, by which other examples are recognized."""
+        if not self.step or self.number > len(self._stages):
+            return []
+        stage, batches = self._stages[self.number - 1], self._batches[self.number - 1]
+        if batches.n_examples is None:
+            return []  # a stream, which would have to be read again
+        return batches.ids(self.step * stage.accumulate - 1)
+
+    def _calibrate(self, texts: list[str]) -> None:
+        """Scales the untrained adapter, by the first pictures that can be used."""
+        settings, patches, n = self._settings, [], 0
+        usable = itertools.chain.from_iterable(b.first() for b in self._batches)
+        pictured = (item for item in usable if item.picture is not None)
+        chosen = itertools.islice(pictured, settings.calibration)
+        while batch := list(itertools.islice(chosen, 32)):
+            patches.append(self._patches(batch).flatten(0, 1))
+            n += len(batch)
+        if not patches:
+            raise ValueError(
+                "no example has a picture that can be read and something said about "
+                f"it; {self._first_failure()}"
+            )
+        tokens = torch.cat(patches)
+        if settings.whiten and len(tokens) <= tokens.shape[1]:
+            raise ValueError(
+                f"{n} pictures have {len(tokens)} patch tokens, too few to whiten "
+                f"{tokens.shape[1]} dimensions; give more pictures, or whiten=False"
+            )
+        norm = word_norm(self._frozen.language, texts, settings.inject_layer)
+        self._learner.calibrate(tokens, norm, whiten=settings.whiten)
+
+    def _first_failure(self) -> str:
+        failures = (
+            f for b in self._batches for n in range(len(b)) for f in b[n].failures
+        )
+        first = next(failures, None)
+        if first is None:
+            return "all of them are without picture"
+        return f"the first, {first.id!r}: {first.error}"
+
+    def _steps(
+        self,
+        stage: Stage,
+        batches: Iterator[Batch],
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler,
+    ) -> Iterator[dict[str, float | int | None]]:
+        begun = time.perf_counter()
+        while self.step < self.n_steps:
+            optimizer.zero_grad()
+            taken = [next(batches) for _ in range(stage.accumulate)]
+            sums = torch.zeros(6, dtype=torch.float64)
+            failures: list[Failure] = []
+            for batch in taken:
+                items, failed = self._seen(batch)
+                failures += failed
+                if items:
+                    sums[:5] += self._backward(items, stage)
+            self._refuse(failures)
+            new = [f for f in failures if (f.stage, f.index) not in self._known]
+            sums[5] = len(new)
+            whole = self._of_all(sums).tolist()
+            cross_entropy, fvu, weight, n_tokens, n_conversations, n_new = whole
+            if n_new:
+                self._record(gather_object(new))
+            norm = self._gradient(weight, stage.clip)
+            if not math.isfinite(cross_entropy + fvu + norm):
+                ids = gather_object([name for batch in taken for name in batch.ids])
+                raise NotFiniteError(
+                    f"the loss is not a number at step {self.step + 1} of stage "
+                    f"{self.number} (cross-entropy {cross_entropy:.3g}, gradient "
+                    f"{norm:.3g}); its examples: {', '.join(ids)}. What was learned "
+                    "before it is kept in the checkpoint, if there is one; look at "
+                    "these examples, or take a lower learning_rate, or dtype float32"
+                )
+            (rate,) = schedule.get_last_lr()
+            optimizer.step()  # without gradients, where nothing could be used
+            schedule.step()
+            self.step += 1
+            self._learned += int(n_conversations)
+            seconds = time.perf_counter() - begun
+            begun += seconds
+            penalty = self._settings.sae_penalty
+            row = {
+                "stage": self.number,
+                "step": self.step,
+                "loss": _mean(cross_entropy + penalty * fvu, weight),
+                "cross_entropy": _mean(cross_entropy, weight),
+                "fvu": _mean(fvu, weight) if self._frozen.saes else None,
+                "learning_rate": rate,
+                "gradient_norm": norm,
+                "n_conversations": int(n_conversations),
+                "n_tokens": int(n_tokens),
+                "seconds": round(seconds, 4),
+                "tokens_per_second": round(n_tokens / seconds, 1),
+            }
+            if self.is_main:
+                self.curve.add(row)
+            yield row
+
+    def _seen(self, batch: Batch) -> tuple[list[Item], list[Failure]]:
+        return list(batch.items), list(batch.failures)
+
+    def _patches(self, items: Sequence[Item]) -> Float[Tensor, "image patch d_vision"]:
+        pictures = [item.picture for item in items if item.picture is not None]
+        return self._frozen.vision.encode(pictures)
+
+    def _backward(self, items: Sequence[Item], stage: Stage) -> Tensor:
+        """Adds up gradients; gives the sums of the loss."""
+        settings, frozen = self._settings, self._frozen
+        pictured = [item for item in items if item.example.image is not None]
+        found = loss(
+            frozen.language,
+            [item.lesson for item in items],
+            self._learner(self._patches(pictured)) if pictured else None,
+            average=stage.average,
+            inject_layer=settings.inject_layer,
+            saes=frozen.saes,
+            penalty=settings.sae_penalty,
+        )
+        if found.total.requires_grad:
+            found.total.backward()
+        return torch.tensor(
+            [
+                float(found.cross_entropy),
+                float(found.fvu),
+                found.weight,
+                found.n_tokens,
+                len(items),
+            ],
+            dtype=torch.float64,
+        )
+
+    def _gradient(self, weight: float, clip: float | None) -> float:
+        """The step's mean gradient, of all processes, shortened; gives its norm."""
+        parameters = list(self._learner.parameters())
+        if not weight:
+            return 0.0
+        for parameter in parameters:
+            grad = parameter.grad
+            if grad is None:  # this process had no picture; others may
+                grad = torch.zeros_like(parameter)
+            parameter.grad = self._accelerator.reduce(grad, "sum") / weight
+        most = float("inf") if clip is None else clip
+        return float(nn.utils.clip_grad_norm_(parameters, most))
+
+    def _of_all(self, here: Tensor) -> Tensor:
+        """Summed over the processes."""
+        if self._accelerator.num_processes == 1:
+            return here
+        device = self._frozen.language.device
+        return self._accelerator.reduce(here.to(device), "sum").cpu()
+
+    def _refuse(self, failures: Sequence[Failure]) -> None:
+        if failures and self._on_error == "raise":
+            first = failures[0]
+            raise ValueError(
+                f"example {first.index} of stage {first.stage}, {first.id!r}: "
+                f'{first.error} (on_error="record" lists it and goes on)'
+            )
+
+    def _record(self, failures: Sequence[Failure]) -> None:
+        for failure in sorted(failures, key=lambda f: (f.stage, f.index)):
+            if (failure.stage, failure.index) not in self._known:
+                self._known.add((failure.stage, failure.index))
+                self.failures.append(failure)
+
+
+def _mean(total: float, weight: float) -> float | None:
+    """None where nothing was measured."""
+    return total / weight if weight else None
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch
+
+
+def _restore_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    """Takes moments back, by the number of their parameter."""
+    if not tensors:
+        return
+    state = optimizer.state_dict()
+    for name, tensor in tensors.items():
+        index, _, moment = name.partition(".")
+        state["state"].setdefault(int(index), {})[moment] = tensor
+    optimizer.load_state_dict(state)
