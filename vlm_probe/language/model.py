@@ -198,7 +198,7 @@ class LanguageModel:
     def read(
         self,
         prompts: Sequence[Prompt],
-        vectors: Float[Tensor, "row patch d_model"] | None,
+        vectors: Float[Tensor, "image patch d_model"] | None,
         layers: Sequence[int],
         visit: Visitor,
         *,
@@ -212,7 +212,8 @@ class LanguageModel:
 
         Args:
             prompts: Prompts of any lengths.
-            vectors: What goes to the prompts' image positions; None without pictures.
+            vectors: What goes to the image positions of those prompts that have any, in
+                order; None without pictures.
             layers: Numbers of layers, whose residual stream is visited.
             visit: Called once for each layer, in rising order; position p of a row is
                 position p of its prompt, on whichever side it was padded.
@@ -239,7 +240,7 @@ class LanguageModel:
     def logits(
         self,
         prompts: Sequence[Prompt],
-        vectors: Float[Tensor, "row patch d_model"] | None,
+        vectors: Float[Tensor, "image patch d_model"] | None,
         *,
         layers: Sequence[int] = (),
         visit: Visitor | None = None,
@@ -253,7 +254,8 @@ class LanguageModel:
 
         Args:
             prompts: Prompts of any lengths.
-            vectors: What goes to the prompts' image positions; None without pictures.
+            vectors: What goes to the image positions of those prompts that have any, in
+                order; None without pictures.
             layers: Layers that are visited on the way, with their gradients.
             visit: As in `read`.
             hook_point: As in `read`.
@@ -285,7 +287,7 @@ class LanguageModel:
     def generate(
         self,
         prompts: Sequence[Prompt],
-        vectors: Float[Tensor, "row patch d_model"] | None,
+        vectors: Float[Tensor, "image patch d_model"] | None,
         *,
         max_new_tokens: int = 16,
         inject_layer: int = 0,
@@ -367,7 +369,7 @@ class LanguageModel:
     def _batch(
         self,
         prompts: Sequence[Prompt],
-        vectors: Float[Tensor, "row patch d_model"] | None,
+        vectors: Float[Tensor, "image patch d_model"] | None,
     ) -> _Batch:
         length = max(len(prompt.ids) for prompt in prompts)
         if length > self.hooked.cfg.n_ctx:

@@ -52,11 +52,12 @@ class AdapterEvaluation:
 
     def by_kind(self) -> pd.DataFrame:
         """Shares of right answers: a row per kind of question and one of all."""
-        columns = {f"{arm}_right": arm for arm in ARMS}
-        answered = self.examples.dropna(subset=["answer"]).rename(columns=columns)
-        right = answered.assign(**answered[list(ARMS)].astype(float))
-        found = right.groupby("kind")[list(ARMS)].mean()
-        found.loc["all"] = right[list(ARMS)].mean()
+        answered = self.examples.dropna(subset=["answer"])
+        right = pd.DataFrame(
+            {arm: answered[f"{arm}_right"].astype(float) for arm in ARMS}
+        )
+        found = right.groupby(answered.kind).mean()
+        found.loc["all"] = right.mean()
         return found
 
     def p_values(self) -> dict[str, float]:
