@@ -68,7 +68,7 @@ def read_dataset(source: Any, images: Path | None = None) -> Examples | ExampleS
 class _Dataset(Examples):
     """The rows of a dataset."""
 
-    def __init__(self, rows: Sequence, reader: _Reader) -> None:
+    def __init__(self, rows: Any, reader: _Reader) -> None:  # noqa: ANN401
         self._rows = rows
         self._reader = reader
 
@@ -133,8 +133,8 @@ class _Reader:
             return Path(image) if self._images is None else self._images / image
         if not isinstance(image, Image.Image | bytes | None):
             raise ValueError(
-                f"{where}: {self.picture!r} is a {type(image).__name__}; expected a "
-                "picture of PIL or a path"
+                f"{where}: {self.picture!r} is of type {type(image).__name__}; "
+                "expected a picture of PIL or a path"
             )
         return image
 

@@ -10,11 +10,13 @@ from typing import overload
 from vlm_probe.examples.example import Example
 
 
-class Examples(Sequence[Example], ABC):
+class Examples(Sequence, ABC):
     """Examples by number, each read anew when it is asked for.
 
     They can be pickled and read by several threads and processes at once.
     """
+
+    # No Sequence[Example]: what checks types at run time would read one at each call.
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -55,7 +57,7 @@ class Examples(Sequence[Example], ABC):
         """Where they come from, in words."""
 
 
-class ExampleStream(Iterable[Example]):
+class ExampleStream(Iterable):
     """Examples in order only, as often as they are asked for."""
 
     def __init__(
