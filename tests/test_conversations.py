@@ -117,7 +117,7 @@ space = st.text(" \t\r\n", max_size=3)
 rows_and_space = st.tuples(st.dictionaries(st.text(), json_values), space, space)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.lists(rows_and_space, max_size=5),
     st.booleans(),

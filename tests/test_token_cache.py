@@ -206,7 +206,7 @@ def test_which_picture_cannot_be_read(vision, given, tmp_path):
     kept = cache(tmp_path, vision)
     for example, words in [
         (Example(None, id="x"), "example 'x': the example has no picture"),
-        (Example(b"no", id="x"), "example 'x': cannot identify image file the picture"),
+        (Example(b"no", id="x"), "example 'x': cannot identify the picture"),
         (
             Example(tmp_path / "cut.png", id="x"),
             f"example 'x': {tmp_path}/cut.png is c",

@@ -99,17 +99,18 @@ class Example:
 
     def _unidentified(self, where: str) -> str:
         if isinstance(self.image, bytes):
-            head, size = self.image[:16], len(self.image)
+            head, size, what = self.image[:16], len(self.image), where
         else:
+            what = f"image file {where}"
             with Path(where).open("rb") as file:
                 head = file.read(16)
             size = Path(where).stat().st_size
         if not head:
             return f"{where} is empty: the file has 0 bytes"
         return (
-            f"cannot identify image file {where}: its {size} bytes begin with {head!r};"
-            " it is no picture, is cut off, or needs a plugin of Pillow, such as "
-            "pillow_heif for HEIC; converted to PNG it can be read"
+            f"cannot identify {what}: its {size} bytes begin with {head!r}; it is no "
+            "picture, is cut off, or needs a plugin of Pillow, such as pillow_heif for "
+            "HEIC; converted to PNG it can be read"
         )
 
 
