@@ -409,3 +409,17 @@ def run_python(code, *arguments):
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+def test_an_error_while_reading_is_not_the_end():
+    class Faulty(Examples):
+        _source = "nowhere"
+
+        def __len__(self):
+            return 3
+
+        def _at(self, place):
+            return [Example(None)][place]
+
+    with pytest.raises(IndexError):
+        list(Faulty())
