@@ -178,12 +178,14 @@ class Feed:
             yield Block(number, block, said.hexdigest() if self._recognize else "")
 
 
-def _picture(image: Image.Image | Path | str | None) -> bytes:
+def _picture(image: Image.Image | Path | str | bytes | None) -> bytes:
     """What tells a picture from others: of files their size, else all there is of it.
 
     A picture that is still to be read from its file is not read here: Pillow, if it
     fails at that once, gives half a picture the next time, and no error.
     """
+    if isinstance(image, bytes):
+        return f"{len(image)} bytes ".encode() + image
     if not isinstance(image, Image.Image):
         try:
             size = Path(str(image)).stat().st_size

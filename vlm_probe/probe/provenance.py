@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -47,7 +46,7 @@ def configuration(
             f"layer {layer}": sae.computes()
             for layer, sae in outlines(model.saes).items()
         },
-        "vision": {"block": vision.block, "preprocess": _plain(vision.preprocess)},
+        "vision": {"block": vision.block, "preprocess": vision.preprocessing},
         "language": {
             "device": language.device.type,
             "backend": language.backend,
@@ -63,11 +62,6 @@ def configuration(
 def versions() -> dict[str, str]:
     """Of the package and the libraries that numbers depend on."""
     return {name: _version(name) for name in _PACKAGES}
-
-
-def _plain(preprocess: object) -> str:
-    """What a transform does; where its functions lie in memory says nothing."""
-    return re.sub(r" at 0x[0-9a-f]+", "", str(preprocess))
 
 
 def _version(package: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -165,6 +166,24 @@ class VisionModel:
         return rows, columns
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        return self._weight.dtype
+
+    @property
+    def preprocessing(self) -> str:
+        """What is done to a picture before the tower sees it, in words.
+
+        Where its functions lie in memory says nothing, and is left out.
+        """
+        return re.sub(r" at 0x[0-9a-f]+", "", str(self.preprocess))
+
+    @property
     def quick_gelu(self) -> bool | None:
         """Whether the tower computes QuickGELU; None for timm's towers."""
         return computes_quick_gelu(self.visual)
@@ -222,7 +241,7 @@ class VisionModel:
             [self.preprocess(without_far_ends(self.preprocess, i)) for i in images]
         )
         found = self.visual.forward_intermediates(
-            pixels.to(self._weight.device, self._weight.dtype),
+            pixels.to(self.device, self.dtype),
             indices=[self.block],
             stop_early=True,
             output_fmt=form,
@@ -262,7 +281,7 @@ class VisionModel:
         what = f"the weights of the vision model {self.name!r} and its config"
         fill_tower(visual, self.visual.state_dict(), what)
         twin = VisionModel(
-            visual.to(self._weight.device, self._weight.dtype),
+            visual.to(self.device, self.dtype),
             preprocess_of(config, visual),
             block=self.block,
         )
