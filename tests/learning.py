@@ -51,7 +51,7 @@ def examples(n, *, broken=()):
 
 
 STAGES = [
-    (examples(23, broken=(4, 11)), Stage(epochs=2, batch_size=2, accumulate=2)),
+    (examples(23, broken=(4, 11)), Stage(epochs=2.0, batch_size=2, accumulate=2)),
     (examples(12), Stage(steps=6, batch_size=3, learning_rate=3e-3, average="turns")),
 ]
 

@@ -71,5 +71,7 @@ def test_other_examples_are_refused(tmp_path, monkeypatch):
     monkeypatch.undo()
     (first, stage), second = STAGES
     others = list(reversed(examples(len(first))))
-    with pytest.raises(ValueError, match=r"last learned from the examples .*, and at t"):
+    with pytest.raises(
+        ValueError, match=r"last learned from the examples .*, and at t"
+    ):
         train(tmp_path, stages=[(others, stage), second], resume=True)

@@ -1,7 +1,7 @@
 """The four frozen parts, joined and checked."""
 
 from vlm_probe.model.findings import Finding, cheap_findings
-from vlm_probe.model.joined import VisionLanguageModel
+from vlm_probe.model.joined import VisionLanguageModel, lines
 from vlm_probe.model.loading import FrozenParts, load, load_frozen
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "FrozenParts",
     "VisionLanguageModel",
     "cheap_findings",
+    "lines",
     "load",
     "load_frozen",
 ]

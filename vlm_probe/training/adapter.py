@@ -13,8 +13,9 @@ from tqdm.auto import tqdm
 
 from vlm_probe.adapter import Adapter
 from vlm_probe.checkpoint import Checkpoint, Stop, stoppable
-from vlm_probe.examples import Example
+from vlm_probe.examples import Example, data_folder
 from vlm_probe.language import LanguageModel
+from vlm_probe.model import lines
 from vlm_probe.saes import LayerSae
 from vlm_probe.tokens import check_names
 from vlm_probe.training.batches import Failure, as_stages
@@ -126,7 +127,8 @@ def train_adapter(
             kept = open_things.enter_context(
                 Checkpoint(folder / "checkpoint", session.configuration())
             )
-        session.begin(kept, resume, list(reference_texts))
+        texts = reference_texts or lines(data_folder() / "reference_texts.txt")
+        session.begin(kept, resume, list(texts))
         tracking = open_things.enter_context(
             Tracking(track if session.is_main else (), folder, settings)
         )
@@ -150,7 +152,7 @@ def train_adapter(
         session.adapter(dict(manifest or {})),
         session.curve.table(),
         pd.DataFrame(
-            [asdict(failure) for failure in session.failures],
+            [asdict(f) for f in sorted(session.failures, key=lambda f: (f.stage, f.index))],
             columns=[field.name for field in fields(Failure)],
         ),
         partial,

@@ -38,7 +38,7 @@ class Curve:
         self._open: IO[str] | None = None
 
     def restore(self, stage: int, step: int) -> None:
-        """Goes back to the rows before a step; those behind it come again."""
+        """Goes back to the rows up to a step; those behind it come again."""
         if self._file is None or not self._file.is_file():
             return
         with self._file.open(newline="") as opened:
@@ -47,7 +47,7 @@ class Curve:
                 for row in list(csv.reader(opened))[1:]
                 # The last one may be cut off where the run was.
                 if len(row) == len(COLUMNS)
-                and (int(row[0]), int(row[1])) < (stage, step)
+                and (int(row[0]), int(row[1])) <= (stage, step)
             ]
         beside = self._file.with_suffix(".unfinished")
         with beside.open("w", newline="") as opened:

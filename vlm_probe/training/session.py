@@ -20,13 +20,14 @@ from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from vlm_probe.adapter import Adapter
 from vlm_probe.checkpoint import Checkpoint, State
-from vlm_probe.examples import Example
+from vlm_probe.examples import UNREADABLE, Example
 from vlm_probe.training.batches import Batch, Batches, Failure, Item
 from vlm_probe.training.curve import Curve
 from vlm_probe.training.frozen import Frozen
 from vlm_probe.training.learner import Learner, word_norm
 from vlm_probe.training.objective import loss
 from vlm_probe.training.settings import AdapterTraining, Stage
+from vlm_probe.vision import TokenCache
 
 
 class NotFiniteError(ValueError):
@@ -51,6 +52,12 @@ class Session:
         self._frozen, self._settings = frozen, settings
         self._accelerator, self._folder = accelerator, folder
         self._on_error = on_error
+        self._cache = vision_cache and TokenCache(
+            vision_cache,
+            frozen.vision,
+            identity=frozen.digests["vision"],
+            dtype=settings.vision_cache_dtype,
+        )
         vision, language = frozen.vision, frozen.language
         self._stages = [stage for _, stage in stages]
         rows, columns = vision.grid
@@ -64,6 +71,7 @@ class Session:
                 chat=language.chat,
                 n_patches=rows * columns,
                 max_length=min(stage.max_length or most, most),
+                read=vision_cache is None,
                 part=(accelerator.process_index, accelerator.num_processes),
             )
             for number, (examples, stage) in enumerate(stages, 1)
@@ -284,7 +292,7 @@ class Session:
         pictured = (item for item in usable if item.picture is not None)
         chosen = itertools.islice(pictured, settings.calibration)
         while batch := list(itertools.islice(chosen, 32)):
-            patches.append(self._patches(batch).flatten(0, 1))
+            patches.append(self._encoded(batch).flatten(0, 1))
             n += len(batch)
         if not patches:
             raise ValueError(
@@ -323,10 +331,10 @@ class Session:
             sums = torch.zeros(6, dtype=torch.float64)
             failures: list[Failure] = []
             for batch in taken:
-                items, failed = self._seen(batch)
+                items, patches, failed = self._looked_at(batch)
                 failures += failed
                 if items:
-                    sums[:5] += self._backward(items, stage)
+                    sums[:5] += self._backward(items, patches, stage)
             self._refuse(failures)
             new = [f for f in failures if (f.stage, f.index) not in self._known]
             sums[5] = len(new)
@@ -369,21 +377,51 @@ class Session:
                 self.curve.add(row)
             yield row
 
-    def _seen(self, batch: Batch) -> tuple[list[Item], list[Failure]]:
-        return list(batch.items), list(batch.failures)
+    def _looked_at(
+        self, batch: Batch
+    ) -> tuple[
+        Sequence[Item], Float[Tensor, "image patch d_vision"] | None, list[Failure]
+    ]:
+        """What can be learned from, its pictures' patch tokens, and what cannot."""
+        failures = list(batch.failures)
+        pictured = [item for item in batch.items if item.example.image is not None]
+        if not pictured:
+            return batch.items, None, failures
+        if self._cache is None:
+            return batch.items, self._encoded(pictured), failures
+        try:
+            patches = self._cache.encode([item.example for item in pictured])
+        except UNREADABLE:
+            batches, broken = self._batches[self.number - 1], {}
+            for item in pictured:
+                try:
+                    item.example.picture()
+                except UNREADABLE as error:
+                    broken[item.index] = batches.failure(
+                        item.index, item.example, error
+                    )
+            if not broken:  # but the disk is full
+                raise
+            rest = [item for item in batch.items if item.index not in broken]
+            return self._looked_at(Batch(tuple(rest), (*failures, *broken.values())))
+        return batch.items, patches, failures
 
-    def _patches(self, items: Sequence[Item]) -> Float[Tensor, "image patch d_vision"]:
+    def _encoded(self, items: Sequence[Item]) -> Float[Tensor, "image patch d_vision"]:
         pictures = [item.picture for item in items if item.picture is not None]
         return self._frozen.vision.encode(pictures)
 
-    def _backward(self, items: Sequence[Item], stage: Stage) -> Tensor:
+    def _backward(
+        self,
+        items: Sequence[Item],
+        patches: Float[Tensor, "image patch d_vision"] | None,
+        stage: Stage,
+    ) -> Tensor:
         """Adds up gradients; gives the sums of the loss."""
         settings, frozen = self._settings, self._frozen
-        pictured = [item for item in items if item.example.image is not None]
         found = loss(
             frozen.language,
             [item.lesson for item in items],
-            self._learner(self._patches(pictured)) if pictured else None,
+            None if patches is None else self._learner(patches),
             average=stage.average,
             inject_layer=settings.inject_layer,
             saes=frozen.saes,

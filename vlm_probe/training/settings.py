@@ -111,10 +111,10 @@ class AdapterTraining:
 
 PAPER = {
     "captions": Stage(
-        epochs=1, batch_size=8, learning_rate=1e-3, max_length=512, average="turns"
+        epochs=1.0, batch_size=8, learning_rate=1e-3, max_length=512, average="turns"
     ),
     "instructions": Stage(
-        epochs=3, batch_size=4, learning_rate=2e-5, max_length=1024, average="turns"
+        epochs=3.0, batch_size=4, learning_rate=2e-5, max_length=1024, average="turns"
     ),
 }
 """The two stages of arXiv 2506.11976: LLaVA-Pretrain's 558,000 captions, then
