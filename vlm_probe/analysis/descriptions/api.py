@@ -27,11 +27,12 @@ from vlm_probe.analysis.descriptions.database import cache_folder, database, row
 from vlm_probe.analysis.descriptions.explanations import best, entry, is_entry
 from vlm_probe.analysis.descriptions.interface import (
     Descriptions,
+    SaeIdentity,
     Saes,
     check_features,
     identities,
 )
-from vlm_probe.analysis.descriptions.sources import Source
+from vlm_probe.analysis.descriptions.sources import Source, known_source
 
 _KEY = "NEURONPEDIA_API_KEY"
 _KIND = 0x56504150
@@ -77,11 +78,12 @@ class NeuronpediaApi(Descriptions):
             patience: Longest `Retry-After` that is waited for, in seconds.
 
         Raises:
-            ValueError: No SAE says its id, or the key or a number cannot be used.
+            ValueError: No SAE says its id, one says that of another SAE, or the key or
+                a number cannot be used.
         """
         self._saes = identities(saes)
         self._sources = {
-            layer: Source.named(sae.neuronpedia_id)
+            layer: _source(sae)
             for layer, sae in self._saes.items()
             if sae.neuronpedia_id
         }
@@ -221,6 +223,19 @@ class NeuronpediaApi(Descriptions):
         error = state.outcome and state.outcome.exception()
         told = error.wait if isinstance(error, _NotNowError) else None
         return self._backoff(state) if told is None else told
+
+
+def _source(sae: SaeIdentity) -> Source:
+    """What is asked for an SAE that says its id."""
+    source = known_source(sae)
+    if source is None:
+        named = Source.named(str(sae.neuronpedia_id))
+        told = "; ".join(named.differences(sae))
+        raise ValueError(
+            f"the SAE of layer {sae.layer} gives {named} as its Neuronpedia id, which "
+            f"is of another: {told}; leave this layer out"
+        )
+    return source
 
 
 class _NotNowError(Exception):

@@ -1,7 +1,7 @@
 """What Neuronpedia says of features, as its files and its API write it.
 
-A line of `explanations/batch-*.jsonl.gz`, and an entry of `explanations-only/*.json`, is
-an explanation with its `modelId`, `layer` (the source's id), `index`, `description`,
+A line of `explanations/batch-*.jsonl.gz`, and an entry of `explanations-only/*.json`,
+is an explanation with its `modelId`, `layer` (the source's id), `index`, `description`,
 `typeName` and `explanationModelName`. An entry of the older files of 128 features, and
 an answer of the API, is a feature with a list of `explanations`, each with its `scores`
 and `createdAt`.
@@ -13,14 +13,13 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from vlm_probe.analysis.descriptions.sources import Source
 
 
-@dataclass(frozen=True)
-class Explanation:
+class Explanation(NamedTuple):
     """One thing that one explainer says of a feature."""
 
     description: str | None
@@ -33,8 +32,7 @@ class Explanation:
     """When it was written, ISO 8601; empty if that is not told."""
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """What one line or entry says of a feature."""
 
     source: Source

@@ -25,7 +25,7 @@ from vlm_probe.analysis.descriptions.interface import (
     check_features,
     identities,
 )
-from vlm_probe.analysis.descriptions.sources import Source
+from vlm_probe.analysis.descriptions.sources import Source, known_source
 
 _OTHER_PARTS = ("features", "activations", "config")
 """Folders of an export that hold no explanations."""
@@ -155,7 +155,7 @@ class NeuronpediaExport(Descriptions):
             unconfirmed=tuple(
                 str(source)
                 for layer, source in self._sources.items()
-                if self._saes[layer].neuronpedia_id is None
+                if known_source(self._saes[layer]) is None
             ),
             not_read=not_read,
         )

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from vlm_probe.saes import LayerSae, outlines
+from vlm_probe.saes import LayerSae, StreamedSaes
 from vlm_probe.tokens import ranges
 
 
@@ -91,9 +91,10 @@ def identities(saes: Saes) -> dict[int, SaeIdentity]:
     Raises:
         ValueError: There is none, or one stands under another layer than its own.
     """
+    known = saes.outlines if isinstance(saes, StreamedSaes) else saes
     found = {
         layer: sae if isinstance(sae, SaeIdentity) else SaeIdentity.of(sae)
-        for layer, sae in outlines(saes).items()
+        for layer, sae in known.items()
     }
     if not found:
         raise ValueError("no SAE given; descriptions are of the features of some")

@@ -45,15 +45,17 @@ class Source:
     def hook_point(self) -> str | None:
         """Where in its block, if the name says it."""
         words = re.split(r"[-_]+", self.id.lower())
-        for words_of, point in _OTHER:
-            if words_of & set(words):
+        for said, point in _OTHER:
+            if said & set(words):
                 return point
         if not {"res", "resid"} & set(words):
             return None
         for point in ("pre", "mid", "post"):
             if point in words:
                 return f"resid_{point}"
-        return "resid_pre" if {"jb", "ajt"} & set(words) else "resid_post"
+        # The first sets of GPT-2 are of resid_pre, and their names do not say it.
+        early = canonical(self.model) == "gpt2-small" and {"jb", "ajt"} & set(words)
+        return "resid_pre" if early else "resid_post"
 
     @property
     def width(self) -> str | None:
@@ -64,28 +66,31 @@ class Source:
     def differences(self, sae: SaeIdentity) -> list[str]:
         """In what it differs from an SAE, in words; nothing if it may be of that SAE.
 
-        Where the SAE says its Neuronpedia id, this counts alone: sets that differ in
-        sparsity or training only have the same model, layer, place and width.
+        Names tell model, layer, place and width. An SAE that says its Neuronpedia id
+        is told apart from others too that differ in sparsity or training only.
         """
-        known = sae.neuronpedia_id and Source.named(sae.neuronpedia_id)
-        if known and self.same_as(known):
-            return []
-        model = sae.model_name or (known.model if known else None)
-        told = (
-            ("model", self.model, model, model and canonical(model)),
-            ("layer", self.layer, sae.layer, sae.layer),
-            ("hook point", self.hook_point, sae.hook_point, sae.hook_point),
-        )
-        found = [
-            f"{what} {own}, the SAE's is {given}"
-            for what, own, given, compared in told
-            if None not in (own, compared)
-            and (canonical(str(own)) if what == "model" else own) != compared
-        ]
+        known = known_source(sae)
+        found = self._contradictions(sae)
+        if known and not found and not self.same_as(known):
+            found.append(f"name {self}, the SAE's is {known}")
+        return found
+
+    def _contradictions(self, sae: SaeIdentity) -> list[str]:
+        """In what the parts of its name differ from an SAE."""
+        found = []
+        if sae.model_name and canonical(self.model) != canonical(sae.model_name):
+            found.append(f"model {self.model}, the SAE's is {sae.model_name}")
+        # What leaves the last block has the number of a block that is not there, if
+        # the set is of resid_pre: gpt2-small/12-res-jb is of blocks.11.hook_resid_post.
+        end = (sae.layer + 1, "resid_pre") == (self.layer, self.hook_point)
+        if end and sae.hook_point == "resid_post" and sae.neuronpedia_id == str(self):
+            return found
+        if self.layer not in (None, sae.layer):
+            found.append(f"layer {self.layer}, the SAE's is {sae.layer}")
+        if self.hook_point not in (None, sae.hook_point):
+            found.append(f"hook point {self.hook_point}, the SAE's is {sae.hook_point}")
         if self.width and not _is_width(self.width, sae.n_features):
             found.append(f"width {self.width}, the SAE has {sae.n_features} features")
-        if known and not found:
-            found.append(f"name {self.id}, the SAE's is {known.id}")
         return found
 
     def same_as(self, other: Source) -> bool:
@@ -96,8 +101,19 @@ class Source:
         )
 
 
-# Places that are no residual stream. Joseph Bloom's first sets (jb) and those made
-# beside them (ajt) are of resid_pre, and their names do not say it.
+def known_source(sae: SaeIdentity) -> Source | None:
+    """The source that an SAE says is its own; None if it says none, or a wrong one.
+
+    Lists of SAEs have mistakes: in that of SAELens, the SAE of layer 2 in
+    gemma-scope-9b-pt-res has an id of layer 20. An id that contradicts the SAE is none.
+    """
+    if not sae.neuronpedia_id:
+        return None
+    named = Source.named(sae.neuronpedia_id)
+    return None if named._contradictions(sae) else named
+
+
+# Places that are no residual stream.
 _OTHER = (
     ({"transcoder", "clt"}, "transcoder"),
     ({"att", "attn"}, "attn_out"),

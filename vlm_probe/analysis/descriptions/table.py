@@ -83,7 +83,7 @@ def read_descriptions(path: str | Path, saes: Saes | None = None) -> Description
     for where, *cells in _rows(path):
         layer, feature = (
             _number(cell, f"{where} of {path}", what)
-            for what, cell in zip(_COLUMNS, cells[:2], strict=True)
+            for what, cell in zip(_COLUMNS[:2], cells[:2], strict=True)
         )
         text = _text(cells[2], f"{where} of {path}")
         width = widths.get(layer)
