@@ -389,6 +389,8 @@ def test_the_right_source_is_opened(tmp_path, monkeypatch):
     found = open_descriptions(tmp_path / "neuronpedia", saes)
     assert isinstance(found, NeuronpediaExport)
     assert open_descriptions("./neuronpedia", saes).of(20, [0]) == {0: "zero"}
+    (batch,) = tmp_path.rglob("batch-0.jsonl.gz")
+    assert open_descriptions(batch, saes).of(20, [0]) == {0: "zero"}
     assert open_descriptions(str(file), saes).of(20, [2]) == {2: "red"}
     with pytest.raises(FileNotFoundError, match="no descriptions at 'nowhere': exp"):
         open_descriptions("nowhere", saes)

@@ -128,10 +128,11 @@ def test_the_best_explanation_is_shown(tmp_path):
         ),
         np_.feature(4, np_.said("first"), np_.said("second", explainer="o3")),
         np_.feature(5, np_.said(None), np_.said("said")),
+        np_.feature(6, np_.said("a", scores=[float("nan")]), np_.said("b", scores=[0])),
     ]
     (folder / "0.json").write_text(json.dumps(entries))
-    told = open_export(tmp_path).of(20, range(6))
-    assert told == {0: None, 1: "b", 2: "a", 3: "new", 4: "first", 5: "said"}
+    told = open_export(tmp_path).of(20, range(7))
+    assert told == {0: None, 1: "b", 2: "a", 3: "new", 4: "first", 5: "said", 6: "b"}
 
 
 def test_duplicates_are_counted(tmp_path):
@@ -334,6 +335,7 @@ def test_a_broken_line_is_named(export):
     [
         ({"modelId": "m"}, "is no explanation or feature of Neuronpedia"),
         (np_.line("x", "a"), "index 'x' is no feature's number"),
+        (np_.line(10**12, "a"), "index '1000000000000' is no feature's number"),
         (np_.line(-1, "a"), "index '-1' is no feature's number"),
         (np_.line(1, 7), "the description is 7, no text"),
         (np_.line(1, "a", source="21-gemmascope-res-16k"), "keep one source in each"),
@@ -401,6 +403,21 @@ def test_an_export_that_changed_is_indexed_again(export):
     )
     os.utime(file, ns=(time.time_ns(), time.time_ns() + 10**9))
     assert open_export(export).of(20, [5]) == {5: "FIVE"}
+
+
+def test_an_index_is_written_whole_or_not(export, monkeypatch):
+    found = open_export(export)
+    np_.write_batch(export, 0, [np_.line(0, "other")])
+
+    def stopped(counted):
+        raise KeyboardInterrupt  # descriptions are written, what was counted is not
+
+    monkeypatch.setattr("vlm_probe.analysis.descriptions.index.astuple", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        open_export(export)
+    assert found.of(20, [0, 1]) == {0: "zero", 1: "<b>one</b>"}
+    monkeypatch.undo()
+    assert open_export(export).of(20, [0, 1]) == {0: "other", 1: None}
 
 
 def test_where_the_index_goes(export, tmp_path_factory, monkeypatch):
@@ -509,6 +526,7 @@ def test_the_api_is_asked_once(ask):
         (503, b"", {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}),
         (200, b"<html>Bad gateway</html>", {}),
         (200, {"message": "overloaded"}, {}),
+        (200, b"[" * 100_000, {}),
         (200, b'{"modelId": "gemm', {}),
         (200, np_.feature(8, np_.said("another feature")), {}),
         (200, np_.feature(3, np_.said("x"), source="21-gemmascope-res-16k"), {}),

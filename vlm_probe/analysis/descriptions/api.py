@@ -249,7 +249,7 @@ class _NotNowError(Exception):
 def _description(answer: requests.Response, source: Source, feature: int) -> str | None:
     try:
         record = answer.json()
-    except requests.exceptions.JSONDecodeError as error:
+    except (requests.exceptions.JSONDecodeError, RecursionError) as error:
         raise _NotNowError(f"sent what is no JSON, {answer.text[:60]!r}") from error
     if record is None:
         return None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -82,7 +83,7 @@ def entry(record: dict, where: str) -> Entry:
         ValueError: Its index is none, or its explanations are of another form.
     """
     index = str(record["index"])
-    if not (index.isascii() and index.isdecimal()):
+    if not (index.isascii() and index.isdecimal() and len(index) < 10):
         raise ValueError(f"{where}: index {record['index']!r} is no feature's number")
     if isinstance(record.get("explanations"), list):
         found = record["explanations"]
@@ -122,7 +123,9 @@ def _explanation(record: object, where: str) -> Explanation:
     scores = [
         float(score["value"])
         for score in record.get("scores") or ()
-        if isinstance(score, dict) and isinstance(score.get("value"), int | float)
+        if isinstance(score, dict)
+        and isinstance(score.get("value"), int | float)
+        and math.isfinite(score["value"])
     ]
     return Explanation(
         sound(text) if text and text.strip() else None,

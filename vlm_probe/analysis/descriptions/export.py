@@ -67,8 +67,8 @@ class NeuronpediaExport(Descriptions):
         Args:
             folder: With one or many sources anywhere in it; or one file of an export.
             saes: The SAEs that are to be described, by layer.
-            index: Where the index is kept; if not given, in the folder, or among the
-                caches if the folder cannot be written.
+            index: Where the index of this export is kept; if not given, in the folder,
+                or among the caches if the folder cannot be written.
 
         Raises:
             FileNotFoundError: There is no such folder, or no export in it.
@@ -210,7 +210,7 @@ def _groups(folder: Path) -> Iterator[list[Path]]:
         inside = file.relative_to(folder).parts
         named = re.fullmatch(r"(batch-.*)\.jsonl(\.gz)?|.+\.json(\.gz)?", file.name)
         hidden = any(part.startswith(".") for part in inside)
-        home = file.resolve().parent.name
+        home = file.absolute().parent.name
         if not named or hidden or home in _OTHER_PARTS or not file.is_file():
             continue
         together = named[1] is not None or re.match(r"\d+-", home)

@@ -14,8 +14,8 @@ def open_descriptions(source: str | Path, saes: Saes) -> Descriptions:
     """Opens a source of descriptions.
 
     Args:
-        source: "neuronpedia" for its API, a folder of its exports, or a table in CSV
-            or JSON; a `Path` is always taken for a folder or file.
+        source: "neuronpedia" for its API, a folder or .jsonl.gz file of its exports, or
+            a table in CSV or JSON; a `Path` is always taken for a folder or file.
         saes: The SAEs whose features are described, by layer.
 
     Raises:
@@ -25,7 +25,7 @@ def open_descriptions(source: str | Path, saes: Saes) -> Descriptions:
     if source == "neuronpedia":
         return NeuronpediaApi(saes)
     path = Path(source)
-    if path.is_dir():
+    if path.is_dir() or path.name.endswith((".jsonl", ".jsonl.gz")):
         return NeuronpediaExport(path, saes)
     if path.suffix in (".csv", ".json"):
         return read_descriptions(path, saes)
