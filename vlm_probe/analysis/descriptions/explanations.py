@@ -14,6 +14,7 @@ import json
 import math
 import zlib
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,10 +91,14 @@ def entry(record: dict, where: str) -> Entry:
     else:
         found = [record]
     return Entry(
-        Source(str(record["modelId"]), str(record["layer"])),
+        _source(str(record["modelId"]), str(record["layer"])),
         int(index),
         tuple(_explanation(each, where) for each in found),
     )
+
+
+# All entries of a file name the same one.
+_source = lru_cache(64)(Source)
 
 
 def best(explanations: Iterable[Explanation]) -> Explanation | None:

@@ -154,7 +154,7 @@ def _read(source: Source, files: Sequence[Path]) -> tuple[dict[int, str], Indexe
     highest, n_duplicates, n_contradictions = -1, 0, 0
     for file in files:
         for where, entry in entries(file):
-            if not entry.source.same_as(source):
+            if entry.source != source and not entry.source.same_as(source):
                 raise ValueError(
                     f"{where} of {file} is of {entry.source}, what comes before it of "
                     f"{source}; keep one source in each folder"
