@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int, Int8
-from scipy import sparse, stats
+from scipy import stats
 
 from vlm_probe.analysis.pairing import CASE
 
@@ -42,10 +42,10 @@ class Counting:
     """One of `TIES`."""
 
     def __post_init__(self) -> None:
-        for name in ("permutations", "replicates"):
-            if getattr(self, name) < 1:
+        for name, least in (("permutations", 1), ("replicates", 2)):
+            if getattr(self, name) < least:
                 raise ValueError(
-                    f"{name} must be at least 1, given {getattr(self, name)}"
+                    f"{name} must be at least {least}, given {getattr(self, name)}"
                 )
         if not 0 < self.level < 1:
             raise ValueError(f"level is between 0 and 1, given {self.level}")
@@ -70,7 +70,9 @@ def rates(
         # Of the case alone: what other cases there are does not change its numbers.
         code = zlib.crc32("/".join(str(part) for part in case).encode())
         rng = np.random.default_rng([counting.seed, code])
-        rows.append(named | _row(chosen, verdicts, counting, rng))
+        tables = _tables(chosen, verdicts)
+        n_features = int(chosen["description"].notna().sum())
+        rows.append(named | _row(tables, len(chosen), n_features, counting, rng))
     return pd.DataFrame(rows)
 
 
@@ -79,84 +81,114 @@ class Verdicts:
 
     def __init__(self, answers: pd.DataFrame) -> None:
         """Takes columns `image`, `description` and `verdict`."""
-        self._images = pd.Index(answers["image"].unique())
-        self._descriptions = pd.Index(answers["description"].unique())
+        self.images = pd.Index(answers["image"].unique())
+        self.descriptions = pd.Index(answers["description"].unique())
         keys = self._keys(
-            self._images.get_indexer(answers["image"]),
-            self._descriptions.get_indexer(answers["description"]),
+            self.images.get_indexer(answers["image"]),
+            self.descriptions.get_indexer(answers["description"]),
         )
         order = np.argsort(keys)
         verdict = answers["verdict"].astype("Int8").fillna(-1).to_numpy(np.int8)
         self._sorted, self._verdict = keys[order], verdict[order]
 
     def _keys(self, image: np.ndarray, description: np.ndarray) -> np.ndarray:
-        return image.astype(np.int64) * len(self._descriptions) + description
+        return image.astype(np.int64) * len(self.descriptions) + description
 
     def of(
-        self, images: np.ndarray, descriptions: pd.Series
-    ) -> Int8[np.ndarray, "image description"]:
+        self,
+        image: Int[np.ndarray, " image"],
+        description: Int[np.ndarray, " description"],
+    ) -> Int8[np.ndarray, "description image"]:
         """1 for yes, 0 for no, -1 where the judge had no answer.
+
+        Args:
+            image: Places in `images`; -1 where a picture is not there.
+            description: Places in `descriptions`; likewise.
 
         Raises:
             ValueError: A pair was not judged.
         """
-        image = self._images.get_indexer(images)
-        description = self._descriptions.get_indexer(descriptions)
-        keys = self._keys(image[:, None], description[None, :])
-        place = np.searchsorted(self._sorted, keys)
-        place = place.clip(max=max(len(self._sorted) - 1, 0))
-        unknown = (image < 0).any() or (description < 0).any()
-        if keys.size and (unknown or (self._sorted[place] != keys).any()):
+        keys = self._keys(image[None, :], description[:, None])
+        if keys.size == 0:
+            return np.zeros(keys.shape, np.int8)
+        place = np.searchsorted(self._sorted, keys).clip(max=len(self._sorted) - 1)
+        there = image.min() >= 0 and description.min() >= 0
+        if not there or (self._sorted[place] != keys).any():
             raise ValueError(
                 "some pictures were not judged with some descriptions of their block; "
                 "give the answers that belong to these judgements"
             )
-        return self._verdict[place] if keys.size else np.zeros(keys.shape, np.int8)
+        return self._verdict[place]
 
 
 HITS, JUDGED, ANY_HITS, ANY_JUDGED = range(4)
 
 
+def _tables(chosen: pd.DataFrame, verdicts: Verdicts) -> list[np.ndarray]:
+    """The table of each block of a case."""
+    image = verdicts.images.get_indexer(chosen["image"])
+    # Pictures without any answer are told apart by their number all the same.
+    _, picture = np.unique(chosen["image"].to_numpy(np.int64), return_inverse=True)
+    described = chosen["description"].notna().to_numpy()
+    description = verdicts.descriptions.get_indexer(chosen["description"])
+    block = chosen["block"].to_numpy(np.int64)
+    order = np.lexsort((picture, block))
+    cuts = np.flatnonzero(np.diff(block[order])) + 1
+    tables = []
+    for rows in np.split(order, cuts):
+        _, first, owner = np.unique(
+            picture[rows], return_index=True, return_inverse=True
+        )
+        named = described[rows]
+        verdict = verdicts.of(image[rows][first], description[rows][named])
+        tables.append(_table(owner[named], verdict))
+    return tables
+
+
 def _table(
-    chosen: pd.DataFrame, verdicts: Verdicts
-) -> Int[np.ndarray, "count picture picture"]:
+    owner: Int[np.ndarray, " description"],
+    verdict: Int8[np.ndarray, "description image"],
+) -> Int[np.ndarray, "count image image"]:
     """What each picture's features (second axis) reach on each picture (third).
 
     Four counts: descriptions that match, and that were answered; whether any of them
     matches, and whether that is known. If none is known to match and some have no
     answer, it is not.
+
+    Args:
+        owner: The picture that each description's feature was chosen for, ascending.
+        verdict: As `Verdicts.of` gives it.
     """
-    images = chosen["image"].unique()
-    named = chosen[chosen["description"].notna()]
-    owner = pd.Index(images).get_indexer(named["image"])
-    place = (owner, np.arange(len(named)))
-    shape = (len(images), len(named))
-    belongs = sparse.csr_array((np.ones(len(named), np.int32), place), shape=shape)
-    verdict = verdicts.of(images, named["description"])
-    hits = belongs @ (verdict == 1).T.astype(np.int32)
-    unanswered = belongs @ (verdict == -1).T.astype(np.int32)
-    asked = np.bincount(owner, minlength=len(images))[:, None]
-    any_hits = hits > 0
-    any_judged = any_hits | ((unanswered == 0) & (asked > 0))
-    return np.stack([hits, asked - unanswered, any_hits, any_judged]).astype(np.int32)
+    n = verdict.shape[1]
+    table = np.zeros((4, n, n), dtype=np.int32)
+    if len(owner):
+        owners, starts, asked = np.unique(owner, return_index=True, return_counts=True)
+        hits, unanswered = (
+            np.add.reduceat(verdict == value, starts, axis=0, dtype=np.int32)
+            for value in (1, -1)
+        )
+        table[HITS, owners] = hits
+        table[JUDGED, owners] = asked[:, None] - unanswered
+        table[ANY_HITS, owners] = hits > 0
+        table[ANY_JUDGED, owners] = (hits > 0) | (unanswered == 0)
+    return table
 
 
 def _row(
-    chosen: pd.DataFrame,
-    verdicts: Verdicts,
+    tables: list[np.ndarray],
+    n_chosen: int,
+    n_features: int,
     counting: Counting,
     rng: np.random.Generator,
 ) -> dict[str, object]:
-    tables = [_table(part, verdicts) for _, part in chosen.groupby("block")]
     own = np.concatenate([np.einsum("cii->ci", table) for table in tables], axis=1)
-    n_features = int(chosen["description"].notna().sum())
     hits, judged, any_hits, any_judged = (int(total) for total in own.sum(axis=1))
     permuted = _permuted(tables, counting.permutations, rng)
     foreign = _foreign(tables)
     row: dict[str, object] = {
-        "n_images": chosen["image"].nunique(),
+        "n_images": own.shape[1],
         "n_features": n_features,
-        "n_undescribed": len(chosen) - n_features,
+        "n_undescribed": n_chosen - n_features,
         "n_unanswered": n_features - judged,
         "n_matches": hits,
         "rate": _share(hits, judged),
@@ -268,5 +300,5 @@ def _bounds(name: str, bounds: tuple[float, float]) -> dict[str, float]:
     return {f"{name}_low": bounds[0], f"{name}_high": bounds[1]}
 
 
-def _share(part: float, whole: float) -> float:
+def _share(part: int | float, whole: int | float) -> float:
     return part / whole if whole else _NAN

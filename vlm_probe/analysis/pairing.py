@@ -152,13 +152,20 @@ def _check(chosen: pd.DataFrame, k: int, chance_pairs: int | None) -> None:
 
 def _looked_up(judgements: pd.DataFrame, descriptions: Describes) -> pd.Series:
     """The description of each row's feature; missing where there is none."""
-    found = pd.Series(pd.NA, index=judgements.index, dtype="str")
-    for layer, rows in judgements.groupby("layer"):
-        features = sorted({int(feature) for feature in rows["feature"]})
-        said = descriptions.of(int(layer), features)
-        words = {f: w.strip() for f, w in said.items() if w and w.strip()}
-        found[rows.index] = rows["feature"].map(words).astype("str")
-    return found
+    rows = [
+        (int(layer), int(feature))
+        for layer, feature in zip(
+            judgements["layer"], judgements["feature"], strict=True
+        )
+    ]
+    features: dict[int, set[int]] = {}
+    for layer, feature in rows:
+        features.setdefault(layer, set()).add(feature)
+    said = {layer: descriptions.of(layer, sorted(of)) for layer, of in features.items()}
+    words = [
+        (said[layer].get(feature) or "").strip() or None for layer, feature in rows
+    ]
+    return pd.Series(pd.array(words, dtype="str"), index=judgements.index)
 
 
 def _blocks(n: int, chance_pairs: int | None, seed: int) -> np.ndarray:
@@ -176,13 +183,18 @@ def _pairs(
     judgements: pd.DataFrame, images: np.ndarray, different: list[str]
 ) -> np.ndarray:
     """Every picture of a case with the descriptions of its block there."""
-    number = {words: i for i, words in enumerate(different)}
+    place = np.searchsorted(images, judgements["image"].to_numpy(np.int64))
+    code = pd.Index(different, dtype="str").get_indexer(judgements["description"])
+    code = np.where(judgements["description"].isna(), -1, code)
+    case = judgements.groupby(CASE).ngroup().to_numpy(np.int64)
+    part = case * (judgements["block"].max() + 1) + judgements["block"].to_numpy()
+    order = np.argsort(part, kind="stable")
     wanted = []
-    for _, case in judgements.groupby([*CASE, "block"]):
-        of_case = np.searchsorted(images, case["image"].unique())
-        codes = case["description"].dropna().map(number).unique().astype(np.int64)
-        wanted.append((of_case[:, None] * len(different) + codes).ravel())
-        if len(wanted) > 64:  # cases ask much the same: keep what is new
+    for rows in np.split(order, np.flatnonzero(np.diff(part[order])) + 1):
+        codes = np.unique(code[rows][code[rows] >= 0])
+        pairs = np.unique(place[rows])[:, None] * len(different) + codes
+        wanted.append(pairs.ravel())
+        if len(wanted) > 1000:  # cases ask much the same: keep what is new
             wanted = [np.unique(np.concatenate(wanted))]
     return np.unique(np.concatenate(wanted)).astype(np.int64)
 

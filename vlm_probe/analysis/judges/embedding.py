@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,9 @@ from vlm_probe.examples import Example
 
 Embed = Callable[[list[str]], Any]
 """Gives an array "text width" for a list of texts."""
+
+_ROUNDING = 1e-12
+"""How far from 1 the cosine of two equal vectors may be found."""
 
 _BLOCK = 1 << 14
 """Questions whose vectors are held side by side: some ten megabytes at usual widths."""
@@ -120,7 +124,7 @@ class EmbeddingJudge(Judge):
             )
         # Just above the first that must not pass, so that its ties do not pass either.
         threshold = float(np.nextafter(cosines[passing], np.inf))
-        if threshold > 1:
+        if threshold > 1 - _ROUNDING:
             raise ValueError(
                 f"more than {false_positives} of the permuted pairs have a cosine of "
                 f"1, so no threshold lets fewer pass; does {judge.name} give every "
@@ -169,8 +173,8 @@ class EmbeddingJudge(Judge):
                 "descriptions with; give examples with captions, or text=, a function "
                 "from an example to what is said of it"
             )
-        self._learn(text for text in texts if text)
-        self._learn(q.description for q, text in zip(questions, texts, strict=True))
+        meanings = (q.description for q in questions)
+        self._learn(chain((text for text in texts if text), meanings))
         cosines = np.full(len(questions), np.nan)
         there = [i for i, text in enumerate(texts) if text]
         for start in range(0, len(there), _BLOCK):

@@ -8,7 +8,6 @@ import os
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +16,7 @@ import httpx
 from tqdm.auto import tqdm
 
 from vlm_probe.analysis.judges.answers import Answers, key_of
+from vlm_probe.analysis.judges.crew import done
 from vlm_probe.analysis.judges.interface import Estimate, Judge, Question, example_of
 from vlm_probe.analysis.judges.prompt import (
     PROMPT,
@@ -251,30 +251,22 @@ class EndpointJudge(Judge):
             desc="asking",
             disable=None if self.progress else True,
         )
-        with (
-            bar,
-            httpx.Client(timeout=self.timeout, limits=limits) as client,
-            ThreadPoolExecutor(self.concurrency) as pool,
-        ):
-            url = self.base_url.rstrip("/") + "/chat/completions"
+        url = self.base_url.rstrip("/") + "/chat/completions"
+        with bar, httpx.Client(timeout=self.timeout, limits=limits) as client:
             wire = Wire(
                 client, url, self._secret(), self.max_retries, stopped, self.sleep
             )
-            futures: dict[Future[None], _Request] = {
-                pool.submit(self._answer, request, wire, answers): request
-                for request in requests
-            }
+
+            def answer(request: _Request) -> None:
+                self._answer(request, wire, answers)
+
             try:
-                for future in as_completed(futures):
-                    future.result()
-                    bar.update(len(futures[future].keys))
+                for request in done(
+                    requests, answer, n=self.concurrency, stopped=stopped
+                ):
+                    bar.update(len(request.keys))
             except (Passing, EndpointError) as error:
-                _stop(pool, stopped)
                 raise self._gave_up(error, answers, requests, n_all) from error
-            except BaseException:
-                # Ctrl-C, or a picture that went away: the same, in its own words.
-                _stop(pool, stopped)
-                raise
 
     def _answer(self, request: _Request, wire: Wire, answers: Answers) -> None:
         shown = picture_as_shown(request.example, self.image_side)
@@ -313,9 +305,3 @@ class EndpointJudge(Judge):
             f"{tried}. {n_all - left} of {n_all} questions are answered and kept in "
             f"{self.cache}; begin again with this file, and it goes on from there"
         )
-
-
-def _stop(pool: ThreadPoolExecutor, stopped: threading.Event) -> None:
-    """Begins nothing more; what is under way ends, and is kept."""
-    stopped.set()
-    pool.shutdown(wait=True, cancel_futures=True)
