@@ -46,7 +46,7 @@ class Talk(BaseHTTPRequestHandler):
     def log_message(self, format, *args):
         pass
 
-    def do_POST(self):  # noqa: N802
+    def do_POST(self):
         oracle = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         questions = read(body)

@@ -54,7 +54,7 @@ def test_the_truth_is_what_the_function_says():
 
 def test_a_truth_that_is_no_truth_is_refused():
     judge = TruthJudge(lambda example, words: 0.7, name="half")
-    with pytest.raises(TypeError, match="'red' for the picture 'a' is 0.7; expected T"):
+    with pytest.raises(TypeError, match=r"'red' for the picture 'a' is 0\.7; expect"):
         judge.ask(EXAMPLES, asks(("a", "red")))
 
 
@@ -117,7 +117,7 @@ def test_a_broken_text_model_is_refused(vectors, words):
 
 
 def test_a_threshold_is_a_cosine():
-    with pytest.raises(ValueError, match="from -1 to 1, given 70.0; Embed"):
+    with pytest.raises(ValueError, match=r"from -1 to 1, given 70\.0; Embed"):
         EmbeddingJudge(Circle(), threshold=70.0)
 
 

@@ -143,6 +143,12 @@ def test_a_blank_description_is_none():
     assert row.rates.iloc[0].n_undescribed == 3
 
 
+def test_half_a_character_in_a_description():
+    words = Words("red\ud83d", *WORDS.words[1:])
+    result = match_rate(CHOSEN, words, JUDGE, THREE)
+    assert "red?" in set(result.judgements["description"])
+
+
 def test_k_takes_the_best_ranks():
     chosen = CHOSEN.sample(frac=1, random_state=0)
     result = match_rate(chosen, WORDS, JUDGE, THREE, k=1)
@@ -153,7 +159,7 @@ def test_k_takes_the_best_ranks():
     assert (row.n_features, row.n_undescribed) == (2, 1)
 
 
-N_RUNS, N_IMAGES, POOL = 200, 16, 10
+N_RUNS, N_IMAGES, POOL = 120, 16, 10
 
 
 class Own:
@@ -216,13 +222,13 @@ def test_conservative_p_values_are_never_too_small():
         for alpha in (0.02, 0.05, 0.1, 0.3, 0.5):
             error = np.sqrt(alpha * (1 - alpha) / len(found))
             assert (found[name] <= alpha).mean() <= alpha + 2.5 * error
-        assert found[name].max() == 1
+        assert found[name].max() > 0.95
         # They are not useless either.
         assert found[name].mean() < 0.7
 
 
 def test_p_values_are_small_where_there_is_something():
-    found = runs(3, weight=0.3, n=50, chance_pairs=4)
+    found = runs(3, weight=0.5, n=40, chance_pairs=4)
     assert (found["rate_p"] <= 0.05).mean() > 0.9
     assert (found["rate"] > found["rate_chance"]).all()
 
@@ -255,14 +261,14 @@ def test_the_toy_world():
 
 
 def test_a_real_result():
-    pictures = toy_examples(5)
+    pictures = toy_examples(3)
     probed = probe_layers(tiny_model(), pictures, replicates=2, progress=False)
     words = Words(*(["red", "a circle", None, "grass"] * 16))
     result = match_rate(probed.top_features, words, JUDGE, pictures, permutations=50)
     assert len(result.rates) == len(probed.layers)
     assert list(result.rates["layer"]) == sorted(result.rates["layer"])
     n = result.rates["n_features"] + result.rates["n_undescribed"]
-    assert (n == 15).all()
+    assert (n == 9).all()
     assert {"value", "patch_row", "token"} <= set(result.judgements)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Int
 
-from vlm_probe.analysis.judges.interface import Question
+from vlm_probe.analysis.judges.interface import Question, valid
 from vlm_probe.examples import Example, as_examples
 
 CASE = ["layer", "group", "condition"]
@@ -163,7 +163,7 @@ def _looked_up(judgements: pd.DataFrame, descriptions: Describes) -> pd.Series:
         features.setdefault(layer, set()).add(feature)
     said = {layer: descriptions.of(layer, sorted(of)) for layer, of in features.items()}
     words = [
-        (said[layer].get(feature) or "").strip() or None for layer, feature in rows
+        valid(said[layer].get(feature) or "").strip() or None for layer, feature in rows
     ]
     return pd.Series(pd.array(words, dtype="str"), index=judgements.index)
 

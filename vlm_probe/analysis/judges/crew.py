@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
 Job = TypeVar("Job")
@@ -16,7 +16,7 @@ def done(
     *,
     n: int,
     stopped: threading.Event,
-) -> Iterator[Job]:
+) -> Generator[Job, None, None]:
     """Does all jobs, and gives each as it is done.
 
     If one fails, or the caller is interrupted, no other is begun; those under way end,
@@ -45,14 +45,15 @@ def done(
         return True
 
     with ThreadPoolExecutor(n) as pool:
+        futures: dict[Future[bool], Job] = {}
         try:
-            futures = {pool.submit(one, job): job for job in jobs}
+            futures |= {pool.submit(one, job): job for job in jobs}
             for future in as_completed(futures):
                 if future.result():
                     yield futures[future]
-        finally:
-            if any(not future.done() for future in futures):
-                stopped.set()
-                pool.shutdown(wait=True, cancel_futures=True)
+        except BaseException:  # Ctrl-C, or the caller wants no more
+            stopped.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
     if failures:
         raise failures[0]

@@ -8,6 +8,7 @@ import os
 import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,8 +17,9 @@ import httpx
 from tqdm.auto import tqdm
 
 from vlm_probe.analysis.judges.answers import Answers, key_of
+from vlm_probe.analysis.judges.batches import Batch, batches, keys_of
 from vlm_probe.analysis.judges.crew import done
-from vlm_probe.analysis.judges.interface import Estimate, Judge, Question, example_of
+from vlm_probe.analysis.judges.interface import Estimate, Judge, Question
 from vlm_probe.analysis.judges.prompt import (
     PROMPT,
     PROMPT_VERSION,
@@ -30,16 +32,6 @@ from vlm_probe.analysis.judges.wire import EndpointError, Passing, Wire
 from vlm_probe.examples import Example
 
 _SETTINGS = ("model", "base_url", "prompt", "image_side", "per_request")
-
-
-@dataclass(frozen=True)
-class _Request:
-    """Some descriptions for one picture."""
-
-    example: Example
-    size: tuple[int, int]
-    keys: tuple[str, ...]
-    descriptions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -92,10 +84,11 @@ class EndpointJudge(Judge):
                 f"{self.base_url!r}; for a server on this machine it is something "
                 "like http://localhost:8000/v1"
             )
-        if httpx.URL(self.base_url).userinfo:
+        url = httpx.URL(self.base_url)
+        if url.userinfo or url.query:
             raise ValueError(
-                "base_url holds a user name or password, which would be shown in "
-                "errors and tables; give it as key"
+                "base_url holds a user name, a password or a query, which would be "
+                "shown in errors and tables; give an address alone, and the key as key"
             )
         for name, least in (
             ("image_side", 1),
@@ -136,8 +129,7 @@ class EndpointJudge(Judge):
             OSError: A picture cannot be read.
         """
         with Answers(self.cache) as answers:
-            keys, sizes = self._keys(examples, questions)
-            missing = self._missing(examples, questions, keys, sizes, answers)
+            keys, missing = self._open(examples, questions, answers)
             if missing:
                 self._fetch(missing, answers, len(set(keys)))
             known = answers.known(keys)
@@ -152,8 +144,7 @@ class EndpointJudge(Judge):
         tokens, and 170 for each tile of 512 pixels); other models differ.
         """
         with Answers(self.cache) as answers:
-            keys, sizes = self._keys(examples, questions)
-            missing = self._missing(examples, questions, keys, sizes, answers)
+            keys, missing = self._open(examples, questions, answers)
         tokens_in, tokens_out = 0, 0
         for request in missing:
             words = len(self.prompt) + len(quoted(request.descriptions))
@@ -188,61 +179,24 @@ class EndpointJudge(Judge):
             )
         return key or None
 
-    def _keys(
-        self, examples: Mapping[str, Example], questions: Sequence[Question]
-    ) -> tuple[list[str], dict[str, tuple[int, int]]]:
-        """The key of each question, and the size of each picture as it is sent.
-
-        A key is made of all that the answer depends on, but not of the endpoint's
-        address: the same model may move.
-        """
-        options = json.dumps(dict(self.options), sort_keys=True)
-        asked = key_of(self.model, PROMPT_VERSION, self.prompt, options)
-        pictures: dict[str, str] = {}
-        sizes: dict[str, tuple[int, int]] = {}
-        for q in questions:
-            if q.image not in pictures:
-                shown = picture_as_shown(example_of(examples, q), self.image_side)
-                pictures[q.image] = key_of(repr(shown.size), shown.tobytes())
-                sizes[q.image] = shown.size
-        keys = [key_of(asked, pictures[q.image], q.description) for q in questions]
-        return keys, sizes
-
-    def _missing(
+    def _open(
         self,
         examples: Mapping[str, Example],
         questions: Sequence[Question],
-        keys: Sequence[str],
-        sizes: Mapping[str, tuple[int, int]],
         answers: Answers,
-    ) -> list[_Request]:
-        """Requests for what has no answer, each question in one of them."""
+    ) -> tuple[list[str], list[Batch]]:
+        """The key of each question, and requests for those without an answer."""
+        options = json.dumps(dict(self.options), sort_keys=True)
+        # Not the endpoint's address: the same model may move.
+        asked = key_of(self.model, PROMPT_VERSION, self.prompt, options)
+        keys, sizes = keys_of(examples, questions, asked=asked, side=self.image_side)
         known = answers.known(keys)
-        by_image: dict[str, dict[str, str]] = {}
-        taken: set[str] = set()
-        for question, key in zip(questions, keys, strict=True):
-            if key not in known and key not in taken:
-                taken.add(key)
-                by_image.setdefault(question.image, {})[key] = question.description
-        requests = []
-        for image, asked in by_image.items():
-            # By key, which is as good as by chance and the same at every start.
-            pairs = sorted(asked.items())
-            for start in range(0, len(pairs), self.per_request):
-                some = pairs[start : start + self.per_request]
-                requests.append(
-                    _Request(
-                        examples[image],
-                        sizes[image],
-                        tuple(key for key, _ in some),
-                        tuple(words for _, words in some),
-                    )
-                )
-        return requests
+        missing = batches(
+            examples, questions, keys, sizes, known, most=self.per_request
+        )
+        return keys, missing
 
-    def _fetch(
-        self, requests: Sequence[_Request], answers: Answers, n_all: int
-    ) -> None:
+    def _fetch(self, requests: Sequence[Batch], answers: Answers, n_all: int) -> None:
         """Sends the requests, several at once, and keeps each answer as it comes."""
         stopped = threading.Event()
         limits = httpx.Limits(max_connections=self.concurrency)
@@ -257,18 +211,18 @@ class EndpointJudge(Judge):
                 client, url, self._secret(), self.max_retries, stopped, self.sleep
             )
 
-            def answer(request: _Request) -> None:
+            def answer(request: Batch) -> None:
                 self._answer(request, wire, answers)
 
+            each = done(requests, answer, n=self.concurrency, stopped=stopped)
             try:
-                for request in done(
-                    requests, answer, n=self.concurrency, stopped=stopped
-                ):
-                    bar.update(len(request.keys))
+                with closing(each):
+                    for request in each:
+                        bar.update(len(request.keys))
             except (Passing, EndpointError) as error:
                 raise self._gave_up(error, answers, requests, n_all) from error
 
-    def _answer(self, request: _Request, wire: Wire, answers: Answers) -> None:
+    def _answer(self, request: Batch, wire: Wire, answers: Answers) -> None:
         shown = picture_as_shown(request.example, self.image_side)
         body = {
             "model": self.model,
@@ -289,7 +243,7 @@ class EndpointJudge(Judge):
         self,
         error: Exception,
         answers: Answers,
-        requests: Sequence[_Request],
+        requests: Sequence[Batch],
         n_all: int,
     ) -> EndpointError:
         """The error with how far it came."""

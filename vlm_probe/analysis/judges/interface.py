@@ -102,3 +102,11 @@ def example_of(examples: Mapping[str, Example], question: Question) -> Example:
             f"a question is about the picture {question.image!r}, which is not among "
             f"the {len(examples)} examples given; give the examples of the run"
         ) from None
+
+
+def valid(text: str) -> str:
+    """The text without halves of characters, which no file and no request can hold.
+
+    JSON that was cut between the two escapes of one emoji has them.
+    """
+    return text.encode("utf-8", "replace").decode("utf-8")

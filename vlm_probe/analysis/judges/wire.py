@@ -20,6 +20,8 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from vlm_probe.analysis.judges.interface import valid
+
 PASSING = frozenset({408, 409, 425, 429})
 """Status codes below 500 that another attempt may turn into an answer."""
 
@@ -127,8 +129,8 @@ def _written(response: httpx.Response, said: str) -> str | None:
         raise Passing(f"an answer that is no chat completion: {said}") from error
     if isinstance(content, list):  # some servers give parts, as in a request
         parts = [part.get("text") for part in content if isinstance(part, dict)]
-        return "".join(part for part in parts if isinstance(part, str))
-    return content if isinstance(content, str) else None
+        content = "".join(part for part in parts if isinstance(part, str))
+    return valid(content) if isinstance(content, str) else None
 
 
 def _wait(state: RetryCallState) -> float:
