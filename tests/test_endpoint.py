@@ -86,6 +86,13 @@ def test_what_is_known_is_not_asked_again(make, server, tmp_path):
     assert set(server.asked.values()) == {1} and len(server.requests) > n
 
 
+def test_the_same_picture_under_two_names_is_asked_about_once(make, server):
+    twins = {"x": EXAMPLES["red"], "y": EXAMPLES["red"]}
+    asked = [Question(name, words) for name in twins for words in ("red", "blue")]
+    assert make().ask(twins, asked) == [True, False, True, False]
+    assert server.asked == {("red", "red"): 1, ("red", "blue"): 1}
+
+
 @pytest.mark.parametrize(
     "other",
     [
