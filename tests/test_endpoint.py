@@ -132,6 +132,14 @@ def test_several_descriptions_a_request_and_several_requests_at_once(make, serve
     assert 1 < server.at_once <= 3
 
 
+def test_the_order_in_a_request_knows_nothing_of_whose_a_description_is(make, server):
+    asked = [Question("red", f"word {i}") for i in range(6)]
+    for cache, order in (("a", asked), ("b", asked[::-1])):
+        make(cache=make().cache.with_name(cache)).ask(EXAMPLES, order)
+    first, second = (body["messages"][1]["content"][0] for *_, body in server.requests)
+    assert first == second
+
+
 @pytest.mark.parametrize("mood", [429, 500, 503, 408, "half", "garbage"])
 def test_what_passes_is_asked_again(make, server, mood):
     server.moods = [mood, mood]
