@@ -98,7 +98,8 @@ def test_four_batches_of_four_are_one_of_sixteen():
 def test_two_processes_are_one_with_twice_the_batch(tmp_path):
     """`accelerate launch` on the CPU; one example cannot be read."""
     script = Path(__file__).parent / "learning.py"
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+    # Without a GPU, what --multi_gpu starts are processes that talk by gloo.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
     launch += ["--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     done = subprocess.run(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -112,6 +114,15 @@ def train_adapter(
     frozen = Frozen(vision, language, saes or {}, settings)
     folder = None if out is None else Path(out)
     accelerator = Accelerator(cpu=language.device.type == "cpu")
+    if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ:
+        # Set where several processes are asked for, of which there may be only one.
+        if accelerator.num_processes == 1:
+            warnings.warn(
+                "accelerate launch --cpu was asked for several processes and started "
+                "one, as it does where there is no mpirun; use --multi_gpu in place of "
+                "--cpu, which works without a GPU, too",
+                stacklevel=2,
+            )
     session = Session(
         frozen,
         as_stages(stages),
@@ -152,7 +163,10 @@ def train_adapter(
         session.adapter(dict(manifest or {})),
         session.curve.table(),
         pd.DataFrame(
-            [asdict(f) for f in sorted(session.failures, key=lambda f: (f.stage, f.index))],
+            [
+                asdict(f)
+                for f in sorted(session.failures, key=lambda f: (f.stage, f.index))
+            ],
             columns=[field.name for field in fields(Failure)],
         ),
         partial,
