@@ -102,7 +102,7 @@ def test_a_direction_planted_in_one_patch_of_a_long_picture_is_found(mode, patch
         assert map_.max() == pytest.approx(row.value)
         box = maps.boxes[1][patch].tolist()
         assert box == [row.left, row.top, row.right, row.bottom]
-    fit = localize(maps, [np.zeros((192, 64), bool), mask], feature=PLANTED, cover=0.2)
+    fit = localize(maps, [np.zeros((192, 64), bool), mask], feature=PLANTED, cover=0.05)
     assert fit.layer.tolist() == [*range(LAYERS)]
     assert (fit.pointing == 1).all()
     assert (fit.n_pointed == 1).all()
@@ -110,7 +110,7 @@ def test_a_direction_planted_in_one_patch_of_a_long_picture_is_found(mode, patch
     assert (fit.auroc == 1).all()
     # As far to the left of the middle as the spot is to its right.
     masks = [np.zeros((192, 64), bool), mask[:, ::-1]]
-    wrong = localize(maps, masks, feature=PLANTED, cover=0.2)
+    wrong = localize(maps, masks, feature=PLANTED, cover=0.05)
     assert (wrong.pointing == 0).all()
     assert (wrong.auroc < 0.5).all()
 
