@@ -70,6 +70,22 @@ def test_strongest_by_hand():
     assert len(best(CODES, UNIT, 9)) == 5
 
 
+def test_strongest_by_weighted_values_by_hand():
+    # Scores 1.5 * feature 2 and 0.5 * feature 5 tie in unit 0; feature 0 has none left.
+    weight = torch.tensor([0, 1, 1.5, 1, 1, 0.5, 1])
+    found = strongest(CODES, UNIT, peak_table(CODES, UNIT, 3), 2, weight)
+    assert found.unit.tolist() == [0, 0, 2, 2]
+    assert found.rank.tolist() == [1, 2, 1, 2]
+    assert found.feature.tolist() == [2, 5, 2, 5]
+    assert found.score.tolist() == [1.5, 1.5, 7.5, 1.5]
+    assert found.value.tolist() == [1, 3, 5, 3]
+    assert found.token.tolist() == [0, 0, 4, 4]
+    # A weight of zero makes nothing silent, and nothing silent active.
+    found = strongest(CODES, UNIT, peak_table(CODES, UNIT, 3), 7, weight)
+    assert found.feature.tolist() == [2, 5, 2, 5, 0]
+    assert found.score.tolist() == [1.5, 1.5, 7.5, 1.5, 0]
+
+
 def test_units_need_not_be_in_order():
     # The same tokens, but now 0 and 4 are of unit 2, and 3 is of unit 0.
     assert best(CODES, torch.tensor([2, 1, 1, 0, 2]), 2) == [

@@ -66,9 +66,9 @@ HOUSE = {
 }
 FRONT_DOOR = "__init__"
 
-# result.plot() and result.report() are promised to users; each looks up when it is
-# called, and not before, so a result can be read without either.
-CALLED_LATE = {("result", "plots"), ("result", "report")}
+# result.plot(), result.report() and what a result means are promised to users; each
+# looks up when it is called, and not before, so a result can be read without them.
+CALLED_LATE = {("result", "plots"), ("result", "report"), ("result", "analysis")}
 
 
 def unit_of(path):

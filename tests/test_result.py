@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -55,6 +56,24 @@ def test_a_result_without_failures_is_kept_too(result, tmp_path):
     assert list(loaded.failures.columns) == ["image", "id", "error"]
     assert (len(loaded.failures), len(loaded.top_features)) == (0, 0)
     pd.testing.assert_frame_equal(loaded.top_features, none.top_features)
+
+
+def test_tables_of_an_older_version_get_the_columns_that_came_later(result, tmp_path):
+    later = ["by", "score", "left", "top", "right", "bottom"]
+    old = replace(
+        result,
+        top_features=result.top_features.drop(columns=later),
+        features=result.features.drop(columns="reference_rate"),
+    )
+    loaded = ProbeResult.load(old.save(tmp_path))
+    places = ["left", "top", "right", "bottom"]
+    pd.testing.assert_frame_equal(
+        loaded.top_features.drop(columns=places),
+        result.top_features.drop(columns=places),
+    )
+    assert loaded.top_features.columns.equals(result.top_features.columns)
+    assert loaded.top_features[places].isna().all(axis=None)
+    pd.testing.assert_frame_equal(loaded.features, result.features)
 
 
 @pytest.mark.parametrize("gone", FILES)

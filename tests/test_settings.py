@@ -39,6 +39,8 @@ def test_lists_become_tuples():
             "unknown convention 'mean'; valid: pooled, paper",
         ),
         ({"groups": []}, "no group given; valid: image, text_after_image, text_only"),
+        ({"rank_by": ["value"]}, "unknown ranking 'value'; valid: activation, selecti"),
+        ({"rank_by": []}, "no ranking given; valid: activation, selectivity"),
         ({"top_k": -1}, "top_k must be at least 0, given -1"),
         ({"batch_size": 0}, "batch_size must be at least 1, given 0"),
         ({"replicates": -1}, "replicates must be at least 0, given -1"),
@@ -51,7 +53,7 @@ def test_a_wrong_setting_is_refused(given, words):
         ProbeSettings(**given)
 
 
-@pytest.mark.parametrize("name", ["layers", "groups", "controls"])
+@pytest.mark.parametrize("name", ["layers", "groups", "controls", "rank_by"])
 def test_a_string_is_no_list_of_names(name, monkeypatch):
     # As a list it would be taken apart into its letters. The types that tests enforce
     # would refuse it in their own words; users have ours only.

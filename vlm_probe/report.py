@@ -193,6 +193,9 @@ def _layers(layers: pd.DataFrame) -> str:
 def _top_features(result: ProbeResult) -> str:
     """The features that most images have among their strongest."""
     top = result.top_features.reset_index(drop=True)
+    if "by" in top:
+        # A feature may be in several rankings; activation's is shown where it is there.
+        top = top[top["by"].eq(top["by"].min())]
     if top.empty:
         return "<p>None were kept.</p>"
     found = top.groupby([*_CASE, "feature"], as_index=False).agg(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,12 +32,15 @@ class ProbeResult:
     features: pd.DataFrame
     """One row per layer, group, condition and feature that fired: `n_tokens` and
     `n_images` it fired in, `rate` (share of the group's tokens), `mean` of its value
-    where it fired, `max`."""
+    where it fired, `max`; `reference_rate`, its rate on texts and pictures that are
+    the same for all groups (missing unless a ranking by selectivity was asked)."""
     top_features: pd.DataFrame
-    """The strongest features of each image, per layer, group and condition: `rank`
-    from 1, `feature`, `value`, and the place: `position` in the prompt, `token` (the
-    word there; missing for image vectors) and `patch_row`, `patch_column` (missing
-    for words)."""
+    """The strongest features of each image, per layer, group and condition: `by` which
+    ranking, `rank` in it from 1, `feature`, `value`, the `score` of the ranking, and
+    the place: `position` in the prompt, `token` (the word there; missing for image
+    vectors) and `patch_row`, `patch_column` (missing for words). `left`, `top`,
+    `right`, `bottom` are the patch's box in the row's own picture as a person sees it,
+    in pixels (missing for words, and where `meta["patch_boxes"]` says why)."""
     failures: pd.DataFrame
     """Images that could not be read: their index, id and `error`."""
     meta: dict[str, Any]
@@ -107,6 +111,43 @@ class ProbeResult:
 
         return write_report(self, path)
 
+    def best_features(
+        self,
+        *,
+        by: str = "activation",
+        k: int = 3,
+        layer: int | None = None,
+        group: str | None = None,
+        image: int | str | None = None,
+        condition: str = "model",
+        **changes: object,
+    ) -> pd.DataFrame:
+        """The strongest features that do not fire too often.
+
+        See `vlm_probe.analysis.selection.best_features`, where all options are.
+        """
+        from vlm_probe.analysis.selection import best_features
+
+        return best_features(
+            self,
+            by=by,
+            k=k,
+            layer=layer,
+            group=group,
+            image=image,
+            condition=condition,
+            **changes,
+        )
+
+    def shared_features(self, **options: object) -> pd.DataFrame:
+        """How much an image's features are its caption's, layer by layer.
+
+        See `vlm_probe.analysis.shared.shared_features`, where all options are.
+        """
+        from vlm_probe.analysis.shared import shared_features
+
+        return shared_features(self, **options)
+
     def save(self, folder: str | Path) -> Path:
         """Writes the tables as parquet, `meta.json` and `timing.json` to a folder."""
         folder = Path(folder)
@@ -121,7 +162,7 @@ class ProbeResult:
 
     @classmethod
     def load(cls, folder: str | Path) -> ProbeResult:
-        """Reads what `save` wrote.
+        """Reads what `save` wrote, and what it wrote before tables had all columns.
 
         Raises:
             FileNotFoundError: Names the files that are not there.
@@ -135,9 +176,26 @@ class ProbeResult:
                 "a folder written by ProbeResult.save"
             )
         tables = {n: pd.read_parquet(folder / f"{n}.parquet") for n in TABLES}
+        _complete(tables)
         timing = folder / "timing.json"
         return cls(
             **tables,
             meta=json.loads((folder / "meta.json").read_text()),
             timing=json.loads(timing.read_text()) if timing.is_file() else {},
         )
+
+
+def _complete(tables: dict[str, pd.DataFrame]) -> None:
+    """Gives tables of an older version the columns that came later."""
+    top, features = tables["top_features"], tables["features"]
+    if "by" not in top:
+        # There was one ranking; where patches lie was not written down.
+        top.insert(
+            top.columns.get_loc("rank"),
+            "by",
+            pd.array(["activation"] * len(top), dtype="str"),
+        )
+        top.insert(top.columns.get_loc("value") + 1, "score", top["value"])
+        top[["left", "top", "right", "bottom"]] = math.nan
+    if "reference_rate" not in features:
+        features["reference_rate"] = math.nan

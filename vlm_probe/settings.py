@@ -12,6 +12,7 @@ from vlm_probe.tokens import (
     ENCODINGS,
     GROUPS,
     HOOK_POINTS,
+    RANKINGS,
     RESIDENCIES,
     check_names,
 )
@@ -38,6 +39,10 @@ class ProbeSettings:
     beginning-of-text token never does."""
     top_k: int = 8
     """Strongest features kept for each layer, group and image, in features."""
+    rank_by: Sequence[str] = ("activation",)
+    """What they are the strongest by, each with a ranking of its own: activation, their
+    value; selectivity, their value times the logarithm of how seldom they fire on a
+    reference, which is measured before the run (`vlm_probe.probe.reference`)."""
     batch_size: int = 8
     """Pictures that go through the models together, in pictures."""
     replicates: int = 400
@@ -45,7 +50,8 @@ class ProbeSettings:
     replicates x d_model x 8 bytes for each layer, group and condition."""
     calibration: int = 64
     """Pictures, from the first, whose patch tokens give random_adapter its mean and
-    covariance, in pictures."""
+    covariance, and selectivity the half of its reference that is of pictures; in
+    pictures."""
     encoding: str = "auto"
     """How codes are computed: "dense", from all pre-activations; "screened", from those
     that a bfloat16 product with a proven margin does not rule out; "auto", screened
@@ -54,7 +60,7 @@ class ProbeSettings:
     """Of the bootstrap and the control arms."""
 
     def __post_init__(self) -> None:
-        for name in ("layers", "groups", "controls"):
+        for name in ("layers", "groups", "controls", "rank_by"):
             value = getattr(self, name)
             if isinstance(value, str):
                 raise TypeError(f"{name} takes a list of names, given {value!r}")
@@ -64,10 +70,13 @@ class ProbeSettings:
             object.__setattr__(self, "layers", tuple(int(n) for n in self.layers))
         check_names("group", self.groups, GROUPS)
         check_names("control", self.controls, CONTROLS)
+        check_names("ranking", self.rank_by, RANKINGS)
         check_names("convention", [self.convention], CONVENTIONS)
         check_names("encoding", [self.encoding], ENCODINGS)
         if not self.groups:
             raise ValueError(f"no group given; valid: {', '.join(GROUPS)}")
+        if not self.rank_by:
+            raise ValueError(f"no ranking given; valid: {', '.join(RANKINGS)}")
         for name, least in (
             ("top_k", 0),
             ("batch_size", 1),

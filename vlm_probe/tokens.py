@@ -38,6 +38,10 @@ HOOK_POINTS = ("resid_pre", "resid_mid", "resid_post")
 """Where a block's residual stream is read: before it, between attention and MLP, and
 after it."""
 
+RANKINGS = ("activation", "selectivity")
+"""What the strongest features of an image are: those of the highest values; or of the
+highest values for how seldom they fire."""
+
 ENCODINGS = ("auto", "dense", "screened")
 """How codes are computed: from all pre-activations, or from those that a product in
 bfloat16 does not rule out; or the second where the hardware gains by it."""

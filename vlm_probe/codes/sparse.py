@@ -83,6 +83,8 @@ class Peaks:
     token: Int[np.ndarray, " peak"]
     """The first token at which the unit reaches `value`."""
     value: Float[np.ndarray, " peak"]
+    score: Float[np.ndarray, " peak"]
+    """What they are ordered by."""
 
 
 def strongest(
@@ -90,39 +92,51 @@ def strongest(
     unit: Int[Tensor, " token"],
     table: Float[Tensor, "unit feature"],
     k: int,
+    weight: Float[Tensor, " feature"] | None = None,
 ) -> Peaks:
     """The k strongest features of each unit; fewer if fewer fire.
 
-    Equal values are ordered by feature.
+    Equal scores are ordered by feature.
 
     Args:
         codes: Codes of the tokens of several units.
         unit: For each token, the unit it belongs to.
         table: Their `peak_table`.
         k: How many features.
+        weight: What a feature's value is multiplied by to give its score, never below
+            zero; the score is the value if None.
     """
     k = min(k, codes.n_features)
     if k == 0:
-        nothing = np.zeros(0, np.int64)
-        return Peaks(nothing, nothing, nothing, nothing, np.zeros(0, np.float32))
-    # More than k of a unit where values tie, and no silent ones.
-    least = table.topk(k, dim=1).values[:, -1:]
-    chosen = (table >= least) & (table > -torch.inf)
+        nothing, none = np.zeros(0, np.int64), np.zeros(0, np.float32)
+        return Peaks(nothing, nothing, nothing, nothing, none, none)
+    active = table > -torch.inf
+    # Minus infinity times a weight of zero would be no number.
+    score = table if weight is None else (table * weight).where(active, -torch.inf)
+    # More than k of a unit where scores tie, and no silent ones.
+    least = score.topk(k, dim=1).values[:, -1:]
+    chosen = (score >= least) & active
     owner = unit[codes.token]
     key = owner * codes.n_features + codes.feature
     here = chosen.view(-1)[key] & (table.view(-1)[key] == codes.value)
-    u, f, t, v = (
+    u, f, t, v, s = (
         part[here].cpu().numpy()
-        for part in (owner, codes.feature, codes.token, codes.value)
+        for part in (
+            owner,
+            codes.feature,
+            codes.token,
+            codes.value,
+            score.view(-1)[key],
+        )
     )
-    order = np.lexsort((t, f, -v, u))
-    u, f, t, v = u[order], f[order], t[order], v[order]
+    order = np.lexsort((t, f, -s, u))
+    u, f, t, v, s = u[order], f[order], t[order], v[order], s[order]
     repeated = (u[1:] == u[:-1]) & (f[1:] == f[:-1])
     first = np.concatenate([[True], ~repeated])[: len(u)]
-    u, f, t, v = u[first], f[first], t[first], v[first]
+    u, f, t, v, s = u[first], f[first], t[first], v[first], s[first]
     rank = np.arange(len(u)) - np.searchsorted(u, u) + 1
     kept = rank <= k
-    return Peaks(u[kept], rank[kept], f[kept], t[kept], v[kept])
+    return Peaks(u[kept], rank[kept], f[kept], t[kept], v[kept], s[kept])
 
 
 class FeatureSums:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 
+import numpy as np
 import pandas as pd
 from jaxtyping import Float
 from torch import Tensor
@@ -14,10 +15,12 @@ from vlm_probe.checkpoint import State
 from vlm_probe.codes import FeatureSums
 from vlm_probe.model import VisionLanguageModel
 from vlm_probe.probe.arms import Arms
+from vlm_probe.probe.boxes import Size, boxes_of, why_unknown
 from vlm_probe.probe.clock import Clock
 from vlm_probe.probe.feed import Block, Failure, Feed, Item
 from vlm_probe.probe.prompts import Prompts
 from vlm_probe.probe.provenance import versions
+from vlm_probe.probe.reference import PREFIX, Reference, first_pictures, settle
 from vlm_probe.probe.tally import Tallies, Tally
 from vlm_probe.probe.visit import Coded, Visit
 from vlm_probe.result import ProbeResult
@@ -63,10 +66,15 @@ class Run:
         """Pairs of token and feature within rounding of the threshold."""
         self.calibrated = 0
         """Pictures that `random_adapter` was calibrated on."""
+        self.sizes: dict[int, Size] = {}
+        """Width and height of each picture that went through, by its place."""
+        self.reference: Reference | None = None
+        """How seldom features fire; only `selectivity` asks."""
         self.complete = False
         """Whether there are no more images."""
         self.whole = True
         """Whether every image is in all sums or in none."""
+        self._rarity: dict[int, Float[Tensor, " feature"]] = {}
         self._prompts = Prompts(model, settings)
         self._arms = Arms(model, settings, self._usable, self.clock)
 
@@ -85,6 +93,17 @@ class Run:
                 "pictures or more at its beginning"
             )
         self.calibrated = now
+        if "selectivity" in self.settings.rank_by:
+            with self.clock("reference"):
+                self.reference = settle(
+                    self.reference,
+                    self.model,
+                    self.settings,
+                    self.layers,
+                    first_pictures(feed, self._usable, self.settings.calibration),
+                    encoding=self._how(),
+                )
+            self._rarity = self.reference.rarity(self.model.language.device)
 
     def add(self, block: Block, on_error: str) -> None:
         """Takes a block through all conditions.
@@ -138,10 +157,19 @@ class Run:
                 f"{failures[0].id!r}: {failures[0].error}"
             )
         of = "" if n_given is None else f" of {n_given}"
+        vision, reference = self.model.vision, self.reference
+        unknown = why_unknown(vision)
         layers, features, top = self.tallies.tables(
             self.names,
-            self.model.vision.grid[1],
+            vision.grid[1],
             lambda word: self.model.language.tokenizer.decode([word]),
+            lambda rows: boxes_of(
+                vision,
+                rows["image"],
+                np.full(len(rows), -1) if unknown else rows["patch"],
+                self.sizes,
+            ),
+            lambda layer: reference and reference.layers[layer].rate(),
         )
         meta = {
             "model": self.model.name,
@@ -152,7 +180,8 @@ class Run:
             "hook_point": self.model.hook_point,
             "inject_layer": self.model.adapter.inject_layer,
             "n_layers": self.model.language.n_layers,
-            "patch_grid": list(self.model.vision.grid),
+            "patch_grid": list(vision.grid),
+            "patch_boxes": unknown or "known",
             "d_model": self.model.language.d_model,
             "n_images": len(self.names),
             "n_failures": len(failures),
@@ -161,6 +190,7 @@ class Run:
             if self.complete
             else f"stopped after {self.n_seen}{of} images",
             "text_only_words": self._prompts.instead,
+            "reference": reference and reference.about(),
             "versions": versions(),
         }
         return ProbeResult(
@@ -182,9 +212,12 @@ class Run:
         # Before the first block it is of pictures that nothing was recorded of yet.
         if self._arms.last is not None and self.next:
             tensors["last"] = self._arms.last
+        if self.reference is not None and self.next:
+            tensors |= self.reference.state()
         record = {
             "failures": [asdict(failure) for failure in self.failures],
             "names": list(self.names.items()),
+            "sizes": list(self.sizes.items()),
             "instead": self._prompts.instead,
             **{name: getattr(self, name) for name in _COUNTS},
         }
@@ -193,12 +226,16 @@ class Run:
     def restore(self, state: State) -> None:
         """Takes what `state` gave."""
         tensors, record = dict(state.tensors), state.record
+        reference = {n: tensors.pop(n) for n in list(tensors) if n.startswith(PREFIX)}
+        if reference:
+            self.reference = Reference.restored(reference)
         last = tensors.pop("last", None)
         if last is not None:
             self._arms.last = last.to(self.model.language.device)
         self.tallies.restore(tensors)
         self.failures = [Failure(**failure) for failure in record["failures"]]
         self.names = {index: name for index, name in record["names"]}
+        self.sizes = {index: (w, h) for index, (w, h) in record["sizes"]}
         self._prompts.instead.update(record["instead"])
         for name in _COUNTS:
             setattr(self, name, record[name])
@@ -208,6 +245,9 @@ class Run:
         self.tallies.merge(other.tallies)
         self.failures += other.failures
         self.names |= other.names
+        self.sizes |= other.sizes
+        # Each process measured the same.
+        self.reference = self.reference or other.reference
         instead = self._prompts.instead
         for words in instead:
             instead[words] += other._prompts.instead[words]
@@ -218,6 +258,7 @@ class Run:
     def _pass(self, items: Sequence[Item], skipped: Sequence[Block]) -> None:
         """Runs the models, and adds up what each layer's SAE makes of them."""
         self.names |= {item.index: str(item.example.id) for item in items}
+        self.sizes |= {item.index: item.picture.size for item in items}
         if {"image", "text_after_image"} & set(self.settings.groups):
             prompts = [self._prompts.with_picture(item) for item in items]
             pictured: dict[int, Coded] = {}
@@ -244,8 +285,9 @@ class Run:
             images=[item.index for item in items],
             names=[str(item.example.id) for item in items],
             condition=condition,
-            encoding="dense" if self.encoding == "dense" else self.settings.encoding,
+            encoding=self._how(),
             pictured=pictured,
+            rarity=self._rarity,
         )
         if not visit:
             return
@@ -259,6 +301,10 @@ class Run:
                 inject_layer=self.model.adapter.inject_layer,
             )
         self.n_close += visit.n_close
+
+    def _how(self) -> str:
+        """How tokens are coded."""
+        return "dense" if self.encoding == "dense" else self.settings.encoding
 
     def _usable(self, block: Block) -> list[Item]:
         return [item for item in block.items if not self._prompts.too_long(item)]

@@ -7,10 +7,13 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from vlm_probe.codes import FeatureSums
+from vlm_probe.probe.boxes import SIDES
 from vlm_probe.sums import LayerSums
+from vlm_probe.tokens import RANKINGS
 
 Case = tuple[int, str, str]
 """Layer, group and condition."""
@@ -18,15 +21,18 @@ Case = tuple[int, str, str]
 TOP = np.dtype(
     [
         ("image", np.int64),
+        ("by", np.int32),
         ("rank", np.int32),
         ("feature", np.int32),
         ("value", np.float32),
+        ("score", np.float32),
         ("position", np.int32),
         ("word", np.int32),
         ("patch", np.int32),
     ]
 )
-"""A row of `top_features` while it is kept: the word's id or the patch, else -1."""
+"""A row of `top_features` while it is kept: its place among `RANKINGS`, and the word's
+id or the patch, else -1."""
 
 
 class Tally:
@@ -42,7 +48,7 @@ class Tally:
         self._top.append(rows)
 
     def top(self) -> np.ndarray:
-        """All rows, by image, then rank."""
+        """All rows, by image, then ranking, then rank."""
         if len(self._top) != 1:
             self._top = [np.concatenate([np.zeros(0, TOP), *self._top])]
         (rows,) = self._top
@@ -120,6 +126,8 @@ class Tallies:
         names: Mapping[int, str],
         n_columns: int,
         words: Callable[[int], str],
+        boxes: Callable[[np.ndarray], np.ndarray],
+        rates: Callable[[int], np.ndarray | None],
     ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
         """The tables `layers`, `features` and `top_features` of a result.
 
@@ -127,12 +135,15 @@ class Tallies:
             names: Id of each image.
             n_columns: Of the grid of patches.
             words: The word of a token id.
+            boxes: Where the patches of rows of the dtype `TOP` lie.
+            rates: How often each feature of a layer fires on the reference; None where
+                that was not measured.
         """
         ordered = sorted(self._of, key=lambda c: (c[2] != "model", c[2], c))
         cases = {case: self._of[case] for case in ordered}
         layers = [_named(case) | tally.sums.row() for case, tally in cases.items()]
         features = [
-            pd.DataFrame(_named(case) | tally.features.columns())
+            pd.DataFrame(_named(case) | _with_rates(tally, rates(case[0])))
             for case, tally in cases.items()
         ]
         tops = {case: tally.top() for case, tally in cases.items()}
@@ -141,9 +152,16 @@ class Tallies:
             for word in np.unique(np.concatenate([t["word"] for t in tops.values()]))
             if word >= 0
         }
+        # Of all cases together, for a picture's patches are those of each.
+        found = boxes(np.concatenate(list(tops.values())))
+        of_case = np.split(found, np.cumsum([len(rows) for rows in tops.values()])[:-1])
         top = [
-            pd.DataFrame(_named(case) | _columns(rows, names, n_columns, said))
-            for case, rows in tops.items()
+            pd.DataFrame(
+                _named(case)
+                | _columns(rows, names, n_columns, said)
+                | dict(zip(SIDES, here.T, strict=True))
+            )
+            for (case, rows), here in zip(tops.items(), of_case, strict=True)
         ]
         return (
             pd.DataFrame(layers),
@@ -154,6 +172,15 @@ class Tallies:
 
 def _named(case: Case) -> dict[str, object]:
     return dict(zip(("layer", "group", "condition"), case, strict=True))
+
+
+def _with_rates(
+    tally: Tally, rates: Float[np.ndarray, " feature"] | None
+) -> dict[str, np.ndarray]:
+    """Columns of `features`."""
+    found = tally.features.columns()
+    known = np.nan if rates is None else rates[found["feature"]]
+    return found | {"reference_rate": np.broadcast_to(known, found["feature"].shape)}
 
 
 def _columns(
@@ -167,9 +194,11 @@ def _columns(
     return {
         "image": rows["image"],
         "id": [names[image] for image in rows["image"].tolist()],
+        "by": pd.array(np.array(RANKINGS, object)[rows["by"]], dtype="str"),
         "rank": rows["rank"].astype(np.int64),
         "feature": rows["feature"].astype(np.int64),
         "value": rows["value"],
+        "score": rows["score"],
         "position": rows["position"].astype(np.int64),
         "token": pd.array(
             [said.get(word) for word in rows["word"].tolist()], dtype="str"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,7 @@ from vlm_probe.probe.clock import Clock
 from vlm_probe.probe.tally import TOP, Tallies
 from vlm_probe.settings import ProbeSettings
 from vlm_probe.sums import UnitSums, bootstrap_weights, unit_sums
-from vlm_probe.tokens import Prompt
+from vlm_probe.tokens import RANKINGS, Prompt
 
 
 class Places:
@@ -76,6 +76,7 @@ class Visit:
         condition: str,
         encoding: str,
         pictured: dict[int, Coded],
+        rarity: Mapping[int, Float[Tensor, " feature"]],
     ) -> None:
         """Finds which tokens are wanted.
 
@@ -94,11 +95,14 @@ class Visit:
                 picture differs between prompts, and nothing behind it is seen by it:
                 under `shuffled_images`, the tokens of each image are those of the
                 image before under `model`.
+            rarity: By layer, what a feature's value is multiplied by where features
+                are ranked by selectivity; none where nobody asks.
         """
         self._model, self._settings = model, settings
         self._tallies, self._clock = tallies, clock
         self._prompts, self._images, self._names = prompts, np.array(images), names
         self._condition, self._pictured = condition, pictured
+        self._rarity = rarity
         self._is_asked_again = (
             condition == "model" and "shuffled_images" in settings.controls
         )
@@ -175,14 +179,18 @@ class Visit:
         unit = torch.from_numpy(places.row).to(codes.token.device)
         table = peak_table(codes, unit, len(self._prompts))
         tally.features.add(codes, table)
-        best = strongest(codes, unit, table, self._settings.top_k)
-        rows = np.zeros(len(best.unit), TOP)
-        rows["image"] = self._images[best.unit]
-        for name in ("rank", "feature", "value"):
-            rows[name] = getattr(best, name)
-        for name in ("position", "word", "patch"):
-            rows[name] = getattr(places, name)[best.token]
-        tally.add_top(rows)
+        for by, ranking in enumerate(RANKINGS):
+            if ranking not in self._settings.rank_by:
+                continue
+            weight = self._rarity[layer] if ranking == "selectivity" else None
+            best = strongest(codes, unit, table, self._settings.top_k, weight)
+            rows = np.zeros(len(best.unit), TOP)
+            rows["image"], rows["by"] = self._images[best.unit], by
+            for name in ("rank", "feature", "value", "score"):
+                rows[name] = getattr(best, name)
+            for name in ("position", "word", "patch"):
+                rows[name] = getattr(places, name)[best.token]
+            tally.add_top(rows)
 
     def _check(self, layer: int, residual: Float[Tensor, "row pos d_model"]) -> None:
         if residual.isfinite().all():

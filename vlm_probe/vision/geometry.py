@@ -12,6 +12,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 
+import numpy as np
+from jaxtyping import Float
 from open_clip.transform import CenterCropOrPad, ResizeKeepRatio
 from PIL import Image
 from torch import Tensor
@@ -59,18 +61,22 @@ def box_in_original(
         ValueError: The preprocessing has a step of which it is not known where it
             moves pixels.
     """
-    width, height = original_size
-    ends = []
-    axes = zip(
-        _placement(preprocess, (width, height)),
-        (box[::2], box[1::2]),
-        (width, height),
-        strict=True,
-    )
-    for (offset, scale), edges, length in axes:
-        ends.append([min(max(offset + scale * e, 0.0), float(length)) for e in edges])
-    (left, right), (top, bottom) = ends
+    (found,) = boxes_in_original(preprocess, np.array([box]), original_size)
+    left, top, right, bottom = found.tolist()
     return left, top, right, bottom
+
+
+def boxes_in_original(
+    preprocess: Callable[[Image.Image], Tensor],
+    boxes: Float[np.ndarray, "box 4"],
+    original_size: tuple[int, int],
+) -> Float[np.ndarray, "box 4"]:
+    """Many boxes at once, each as `box_in_original` has it."""
+    found = np.empty(boxes.shape)
+    placed = zip(_placement(preprocess, original_size), original_size, strict=True)
+    for axis, ((offset, scale), length) in enumerate(placed):
+        found[:, axis::2] = (offset + scale * boxes[:, axis::2]).clip(0, length)
+    return found
 
 
 def without_far_ends(

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
-from vlm_probe.vision.geometry import Box, box_in_original, without_far_ends
+from vlm_probe.vision.geometry import Box, boxes_in_original, without_far_ends
 from vlm_probe.vision.origin import Origin, activation_mismatch, computes_quick_gelu
 from vlm_probe.vision.sources import find_source
 from vlm_probe.vision.towers import build_tower, fill_tower, preprocess_of, write_tower
@@ -214,17 +214,26 @@ class VisionModel:
             ValueError: There is no such patch, or preprocessing has steps of which it
                 is not known where they move pixels.
         """
+        (box,) = self.patch_boxes(np.array([index]), original_size).tolist()
+        left, top, right, bottom = box
+        return left, top, right, bottom
+
+    def patch_boxes(
+        self, indices: Int[np.ndarray, " patch"], original_size: tuple[int, int]
+    ) -> Float[np.ndarray, "patch 4"]:
+        """Where some patches lie in one original picture; see `patch_box`."""
         rows, columns = self.grid
-        if not 0 <= index < rows * columns:
+        unknown = indices[(indices < 0) | (indices >= rows * columns)]
+        if len(unknown):
             raise ValueError(
-                f"patch {index}: the vision model {self.name!r} has {rows} x {columns} "
-                f"patches, 0 to {rows * columns - 1}"
+                f"patch {unknown[0]}: the vision model {self.name!r} has {rows} x "
+                f"{columns} patches, 0 to {rows * columns - 1}"
             )
         height, width = self._patch_size
-        row, column = divmod(index, columns)
-        left, top = float(column * width), float(row * height)
-        box = (left, top, left + width, top + height)
-        return box_in_original(self.preprocess, box, original_size)
+        row, column = np.divmod(indices, columns)
+        ends = [column * width, row * height, (column + 1) * width, (row + 1) * height]
+        boxes = np.stack(ends, axis=1).astype(float)
+        return boxes_in_original(self.preprocess, boxes, original_size)
 
     def encode(
         self, images: Sequence[Image.Image]
