@@ -114,15 +114,14 @@ def train_adapter(
     frozen = Frozen(vision, language, saes or {}, settings)
     folder = None if out is None else Path(out)
     accelerator = Accelerator(cpu=language.device.type == "cpu")
-    if os.environ.get("ACCELERATE_USE_CPU") == "True" and "MASTER_PORT" in os.environ:
-        # Set where several processes are asked for, of which there may be only one.
-        if accelerator.num_processes == 1:
-            warnings.warn(
-                "accelerate launch --cpu was asked for several processes and started "
-                "one, as it does where there is no mpirun; use --multi_gpu in place of "
-                "--cpu, which works without a GPU, too",
-                stacklevel=2,
-            )
+    asked = os.environ.get("ACCELERATE_USE_CPU"), "MASTER_PORT" in os.environ
+    if asked == ("True", True) and accelerator.num_processes == 1:
+        warnings.warn(
+            "accelerate launch --cpu was asked for several processes and started "
+            "one, as it does where there is no mpirun; use --multi_gpu in place of "
+            "--cpu, which works without a GPU, too",
+            stacklevel=2,
+        )
     session = Session(
         frozen,
         as_stages(stages),
