@@ -80,8 +80,13 @@ def start(*given, **more):
 
 def main(out, batch_size):
     """What `accelerate launch` starts: four steps on twelve examples."""
-    stage = Stage(steps=4, batch_size=batch_size, learning_rate=1e-2, average="turns")
-    train(out, stages=[(examples(12, broken=(5,)), stage)])
+    train(out, stages=[(examples(12, broken=(5,)), four(batch_size))], whiten=False)
+
+
+def four(batch_size, **more):
+    return Stage(
+        steps=4, batch_size=batch_size, learning_rate=1e-2, average="turns", **more
+    )
 
 
 if __name__ == "__main__":
