@@ -94,9 +94,10 @@ def test_its_table_of_answers_is_what_was_measured():
     head = re.search(r"\| \| (all .*) \|\n", text)[1].split(" | ")
     stated = json.loads((data_folder() / "toy" / "figures.json").read_text())
     for name, column in (
-        ("true picture", "true_right"),
-        ("another picture", "shuffled_right"),
+        ("true picture", "true_image"),
+        ("another picture", "shuffled_image"),
+        ("no picture", "no_image"),
     ):
         cells = re.search(rf"\| {name} \| (.*) \|\n", text)[1].split(" | ")
-        found = [f"{stated['adapter'][kind][column]:.2f}" for kind in head]
+        found = [f"{stated['adapter']['answers'][kind][column]:.2f}" for kind in head]
         assert cells == found

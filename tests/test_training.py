@@ -336,7 +336,7 @@ def test_examples_are_examples():
     with pytest.raises(TypeError, match="unknown setting 'epoch'; valid: kind, d_hid"):
         train(epoch=3)
     with pytest.raises(TypeError, match="example 0 of stage 1 is of type str; expect"):
-        train(stages=[(["a.png"], Stage())])
+        train(stages=[(iter(["a.png"]), Stage(steps=1))])
 
 
 @pytest.mark.parametrize(

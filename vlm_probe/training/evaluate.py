@@ -72,8 +72,11 @@ class AdapterEvaluation:
         if len(right):
             won = int((right.true_image & ~right.shuffled_image).sum())
             lost = int((~right.true_image & right.shuffled_image).sum())
-            told = stats.binomtest(won, won + lost, alternative="greater")
-            found["answers"] = float(told.pvalue) if won + lost else 1.0
+            found["answers"] = (
+                float(stats.binomtest(won, won + lost, alternative="greater").pvalue)
+                if won + lost
+                else 1.0
+            )
         nats = self._both("caption")
         if len(nats):
             gained = (nats.shuffled_image - nats.true_image).to_numpy(float)
