@@ -201,7 +201,7 @@ def test_a_frozen_weight_that_changes_is_an_error(tmp_path):
 def test_the_penalty_lowers_fvu():
     """Same seed, same examples; cross-entropy stands beside it."""
     stages = [(examples(24), replace(FAST, epochs=6.0))]
-    asked = {"sae_layers": (0, 1)}
+    asked = {"penalty_layers": (0, 1)}
     plain, pulled = (
         train(stages=stages, saes=SAES, sae_penalty=penalty, **asked)
         for penalty in (0.0, 3.0)
@@ -315,9 +315,9 @@ def test_the_seed_decides():
         ({"stages": []}, "no stage of training given"),
         ({"stages": [([], Stage())]}, "stage 1 has no examples"),
         ({"sae_penalty": 1.0}, "sae_penalty 1.0 given, but no SAE"),
-        ({"sae_layers": (7,), "saes": SAES}, r"sae_layers \[7\]: no SAE given"),
+        ({"penalty_layers": (7,), "saes": SAES}, r"penalty_layers \[7\]: no SAE given"),
         (
-            {"sae_layers": (0,), "saes": SAES, "inject_layer": 1},
+            {"penalty_layers": (0,), "saes": SAES, "inject_layer": 1},
             "has no image tokens: they enter before block 1 of 3",
         ),
         ({"inject_layer": LAYERS}, "one of the blocks 0 to 2"),
@@ -342,7 +342,7 @@ def test_examples_are_examples():
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"epochs": 1.0, "steps": 3}, "epochs 1.0 and steps 3 both given; give one"),
+        ({"epochs": 0.0}, "epochs must be above 0, given 0.0"),
         ({"batch_size": 0}, "batch_size must be at least 1, given 0"),
         ({"learning_rate": 0.0}, "learning_rate must be above 0, given 0.0"),
         ({"warm_up": 1.5}, "warm_up is a share of steps, given 1.5"),

@@ -107,7 +107,7 @@ def train_adapter(
         frozen.language,
         stages,
         training,
-        saes=frozen.saes if training.sae_penalty or training.sae_layers else None,
+        saes=frozen.saes if training.sae_penalty or training.penalty_layers else None,
         reference_texts=frozen.reference_texts,
         out=out,
         resume=resume,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 VARIANTS = {
     "linear": AdapterTraining(),
     "MLP": AdapterTraining(kind="mlp2x_gelu"),
-    "SAE penalty": AdapterTraining(sae_penalty=1.0, sae_layers=(0, 2, 4, 6)),
+    "SAE penalty": AdapterTraining(sae_penalty=1.0, penalty_layers=(0, 2, 4, 6)),
     "enters at layer 3": AdapterTraining(inject_layer=3),
 }
 """Adapters that are compared, one change each."""
@@ -90,10 +90,10 @@ def toy_variants(
         f"pictures each, seed {seed}, one change from the first. Answers and captions "
         f"of {8 * n} held-out pictures; layers of {n}.",
         "## What the language model makes of them",
-        _markdown(pd.DataFrame(reached)),
+        markdown(pd.DataFrame(reached)),
     ]
     for metric, title in _METRICS.items():
-        words += [f"## {title}", _markdown(_by_layer(measured, metric))]
+        words += [f"## {title}", markdown(by_layer(measured, metric))]
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("\n\n".join(words) + "\n")
     print(out.read_text())
@@ -106,7 +106,7 @@ _METRICS = {
 }
 
 
-def _by_layer(measured: pd.DataFrame, metric: str) -> pd.DataFrame:
+def by_layer(measured: pd.DataFrame, metric: str) -> pd.DataFrame:
     """A row per layer, a column per adapter; empty where there are no image tokens."""
     shown = measured.assign(
         shown=[
@@ -121,10 +121,11 @@ def _by_layer(measured: pd.DataFrame, metric: str) -> pd.DataFrame:
     text = shown[(shown.group == "text_only") & (shown.adapter == "linear")]
     wide = wide.reindex(columns=list(VARIANTS), index=sorted(set(text.layer)))
     wide["text"] = text.set_index("layer").shown
-    return wide.fillna("").reset_index()
+    return wide.astype("str").where(wide.notna(), "").reset_index()
 
 
-def _markdown(table: pd.DataFrame) -> str:
+def markdown(table: pd.DataFrame) -> str:
+    """The table in Markdown."""
     rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy()]
     return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
 

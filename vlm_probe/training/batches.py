@@ -111,8 +111,7 @@ class Batches(Dataset):
                 "say steps in place of epochs"
             )
         else:
-            epochs = 1 if stage.epochs is None else stage.epochs
-            self._end = math.ceil(epochs * self.n_examples)
+            self._end = math.ceil(stage.epochs * self.n_examples)
             self.n_steps = math.ceil(self._end / step)
         self._order: tuple[int, np.ndarray] | None = None
 

@@ -28,12 +28,12 @@ class Frozen:
                 of another width or before the image vectors enter.
         """
         self.vision, self.language = vision, language
-        asked = settings.sae_layers
+        asked = settings.penalty_layers
         if asked is None:
             asked = [layer for layer in saes if layer >= settings.inject_layer]
         if missing := sorted(set(asked) - set(saes)):
             raise ValueError(
-                f"sae_layers {missing}: no SAE given for them; there are SAEs for "
+                f"penalty_layers {missing}: no SAE given for them; there are SAEs for "
                 f"layers {sorted(saes)}"
             )
         if settings.sae_penalty and not asked:

@@ -16,10 +16,10 @@ CACHE_DTYPES = ("float32", "float16", "bfloat16")
 class Stage:
     """One stage of training: how long, in what portions, at what rate."""
 
-    epochs: float | None = None
-    """How often each example is seen; 1 if neither this nor steps is given."""
+    epochs: float = 1.0
+    """How often each example is seen."""
     steps: int | None = None
-    """Optimizer steps, in place of epochs."""
+    """Optimizer steps; if given, in place of epochs."""
     batch_size: int = 8
     """Conversations that a process takes through the models together."""
     accumulate: int = 1
@@ -43,10 +43,6 @@ class Stage:
 
     def __post_init__(self) -> None:
         check_names("average", [self.average], AVERAGES)
-        if self.epochs is not None and self.steps is not None:
-            raise ValueError(
-                f"epochs {self.epochs} and steps {self.steps} both given; give one"
-            )
         for name, least in (("steps", 1), ("batch_size", 1), ("accumulate", 1)):
             if (given := getattr(self, name)) is not None and given < least:
                 raise ValueError(f"{name} must be at least {least}, given {given}")
@@ -74,8 +70,8 @@ class AdapterTraining:
     the adapter is of the same kind, and takes plain patch tokens."""
     sae_penalty: float = 0.0
     """Weight of a second term of the loss: the FVU of SAEs at image positions, meaned
-    over sae_layers (the idea of arXiv 2605.24946)."""
-    sae_layers: Sequence[int] | None = None
+    over penalty_layers (the idea of arXiv 2605.24946)."""
+    penalty_layers: Sequence[int] | None = None
     """Layers whose SAE the penalty asks, from 0; all that have one if not given. Where
     there is no penalty, their FVU is measured beside the loss."""
     calibration: int = 256
@@ -92,9 +88,9 @@ class AdapterTraining:
     def __post_init__(self) -> None:
         check_names("kind of adapter", [self.kind], ("linear", "mlp2x_gelu"))
         check_names("dtype", [self.vision_cache_dtype], CACHE_DTYPES)
-        if self.sae_layers is not None:
-            layers = tuple(int(layer) for layer in self.sae_layers)
-            object.__setattr__(self, "sae_layers", layers)
+        if self.penalty_layers is not None:
+            layers = tuple(int(layer) for layer in self.penalty_layers)
+            object.__setattr__(self, "penalty_layers", layers)
         if self.sae_penalty < 0:
             raise ValueError(
                 f"sae_penalty must be at least 0, given {self.sae_penalty}"
