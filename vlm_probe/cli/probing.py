@@ -31,7 +31,8 @@ def probe(
     `torchrun --nproc-per-node N -m vlm_probe probe ...` shares them among processes.
 
     Args:
-        images: Pictures, or one conversation file in LLaVA's format (.json).
+        images: Pictures, or one conversation file in LLaVA's format (.json, .jsonl), or
+            one folder of pictures with captions.
         settings: What is asked.
         parts: Of the model; over what `model` says.
         model: "toy", the embedded model (if no part is given either), "paper", the
@@ -46,8 +47,10 @@ def probe(
     from vlm_probe.probe import probe_layers
     from vlm_probe.probe.shards import joined
 
-    conversations = len(images) == 1 and images[0].suffix == ".json"
-    examples = read_examples(images[0]) if conversations else list(images)
+    told = len(images) == 1 and (
+        images[0].suffix in (".json", ".jsonl") or images[0].is_dir()
+    )
+    examples = read_examples(images[0]) if told else list(images)
     with joined() as shard:
         result = probe_layers(
             load_model(model, parts),

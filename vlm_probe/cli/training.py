@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -101,13 +101,17 @@ def train_adapter(
             "(`vlm-probe toy-examples` writes some to try; `vlm-probe toy --stages "
             "adapter` trains the toy's own adapter)"
         )
+    asked = bool(training.sae_penalty or training.penalty_layers)
+    if not asked and parts.sae_residency is None:
+        # They say how the language model's weights are processed, and no more.
+        parts = replace(parts, sae_residency="streamed")
     frozen = load_frozen(model, **given(parts))
     trained = adapter.train_adapter(
         frozen.vision,
         frozen.language,
         stages,
         training,
-        saes=frozen.saes if training.sae_penalty or training.penalty_layers else None,
+        saes=frozen.saes if asked else None,
         reference_texts=frozen.reference_texts,
         out=out,
         resume=resume,
