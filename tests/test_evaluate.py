@@ -145,3 +145,38 @@ def test_captions_alone_answers_alone_and_what_cannot_be_used(trained):
         ValueError, match="1 of 2 examples can be used, expected at lea"
     ):
         evaluated(trained, pictures[1:3])
+
+
+def test_rows_of_one_picture_are_shuffled_with_another(trained):
+    """Four questions to each picture in a row, as conversation files have them."""
+    pictures = [
+        replace(example, id=f"{example.id}-{n}")
+        for example in examples(6)
+        for n in range(4)
+    ]
+    found = evaluated(trained, pictures, batch_size=5).examples
+    alone = evaluated(trained, examples(6)).examples
+    for arm in ARMS:
+        assert found[arm].tolist() == [a for a in alone[arm] for _ in range(4)], arm
+    with pytest.raises(ValueError, match="show the same picture; give others, for wha"):
+        evaluated(trained, pictures[:4])
+
+
+def test_one_long_prompt_ends_nothing(trained):
+    pictures = examples(6)
+    pictures[2] = replace(pictures[2], prompt="what color ? " * 40)
+    pictures[3] = replace(pictures[3], caption=" ")
+    found = evaluated(trained, pictures)
+    failed = found.failures.set_index("id").error
+    assert "of the 96 that the language model is run with" in failed["e2"]
+    assert "the assistant says nothing in turn 1" in failed["e3"]
+    assert len(found.examples) == 4
+
+
+def test_numbers_that_are_none_are_no_missing_captions():
+    broken = LinearAdapter(D_VISION, D_MODEL).requires_grad_(False)
+    broken.linear.bias.fill_(float("nan"))
+    with pytest.raises(
+        ValueError, match="cross-entropy of example 'e0' is nan; look a"
+    ):
+        evaluated(broken, examples(4))

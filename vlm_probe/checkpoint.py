@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import IO
+from weakref import WeakSet
 
 import torch
 from safetensors import SafetensorError
@@ -155,12 +156,28 @@ class Checkpoint:
         if self._lock is not None and not self._lock.closed:
             import fcntl
 
+            _LOCKS.discard(self._lock)
+
             # Closing alone would leave it to processes forked meanwhile.
             fcntl.flock(self._lock, fcntl.LOCK_UN)
             self._lock.close()
 
 
 _RECORD = "record"
+
+
+_LOCKS: WeakSet[IO[str]] = WeakSet()
+"""Files that this process holds."""
+
+
+def _let_go() -> None:
+    """Closes what a fork inherited, which would outlive this process otherwise."""
+    for lock in list(_LOCKS):
+        lock.close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def _lock(file: Path) -> IO[str] | None:
@@ -174,6 +191,7 @@ def _lock(file: Path) -> IO[str] | None:
     except ImportError:
         return None
     opened = file.open("w")
+    _LOCKS.add(opened)
     try:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

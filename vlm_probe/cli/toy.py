@@ -108,7 +108,7 @@ def trained_toy(
         settings,
         saes=frozen.saes if settings.sae_penalty else None,
         out=run,
-        resume=(run / "checkpoint").is_dir(),
+        resume=any((run / "checkpoint").glob("*.safetensors")),
     )
     if trained.partial:
         raise KeyboardInterrupt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -41,6 +42,8 @@ class Lessons(Stage):
         return Stage(**{f.name: getattr(self, f.name) for f in fields(Stage)})
 
 
+_SHOWN = 20
+"""Failures that are printed; the file has all."""
 CAPTIONS = Lessons.like(PAPER["captions"])
 INSTRUCTIONS = Lessons.like(PAPER["instructions"])
 
@@ -86,6 +89,9 @@ def train_adapter(
             and goes on, raise stops.
         track: Where else to send the curve.
     """
+    import torch
+    from accelerate import PartialState
+
     from vlm_probe.examples import read_examples
     from vlm_probe.model import load_frozen
     from vlm_probe.training import adapter
@@ -105,6 +111,9 @@ def train_adapter(
     if not asked and parts.sae_residency is None:
         # They say how the language model's weights are processed, and no more.
         parts = replace(parts, sae_residency="streamed")
+    if "LOCAL_RANK" in os.environ:
+        # From here on "cuda" is the GPU of this process' number.
+        PartialState(cpu=parts.device == "cpu" or not torch.cuda.is_available())
     frozen = load_frozen(model, **given(parts))
     trained = adapter.train_adapter(
         frozen.vision,
@@ -120,10 +129,17 @@ def train_adapter(
         on_error=on_error,
         track=track,
     )
-    for failure in trained.failures.itertuples():
+    if int(os.environ.get("RANK", "0")):
+        return  # the first process says it
+    for failure in trained.failures.head(_SHOWN).itertuples():
         print(f"not learned from: {failure.id}: {failure.error}", file=sys.stderr)
+    if (more := len(trained.failures) - _SHOWN) > 0:
+        print(f"and {more} more: {out / 'failures.csv'}", file=sys.stderr)
     if trained.partial:
-        print(f"A PARTIAL ADAPTER, not saved: {trained.partial}; --resume goes on")
+        print(
+            f"A PARTIAL ADAPTER, adapter.partial.safetensors: {trained.partial}; "
+            "--resume goes on"
+        )
         sys.exit(INTERRUPTED)
     print(f"adapter: {out / 'adapter.safetensors'}, curve: {out / 'metrics.csv'}")
     if held_out is not None:
@@ -146,6 +162,7 @@ def evaluate(
     *,
     model: str | None = None,
     images: Path | None = None,
+    batch_size: int = 32,
     out: Path | None = None,
 ) -> None:
     """Let a model answer held-out questions with the true, another, and no picture.
@@ -156,6 +173,7 @@ def evaluate(
         model: "toy", the embedded model (if no part is given either), "paper", the
             setup of arXiv 2506.11976, or a folder that a model was saved to.
         images: Folder that image paths start from.
+        batch_size: Pictures at a time.
         out: CSV file for what was said to each example.
     """
     from vlm_probe.examples import read_examples
@@ -163,7 +181,11 @@ def evaluate(
 
     loaded = load_model(model, parts)
     found = evaluate_adapter(
-        loaded.vision, loaded.adapter, loaded.language, read_examples(data, images)
+        loaded.vision,
+        loaded.adapter,
+        loaded.language,
+        read_examples(data, images),
+        batch_size=batch_size,
     )
     _say(found)
     if out is not None:

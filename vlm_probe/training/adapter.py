@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -23,8 +24,8 @@ from vlm_probe.tokens import check_names
 from vlm_probe.training.batches import Failure, as_stages
 from vlm_probe.training.frozen import Frozen
 from vlm_probe.training.session import NotFiniteError, Session
-from vlm_probe.training.settings import TRACKERS, AdapterTraining, Stage
-from vlm_probe.training.tracking import Tracking
+from vlm_probe.training.settings import AdapterTraining, Stage
+from vlm_probe.training.tracking import Tracking, require
 from vlm_probe.vision import VisionModel
 
 
@@ -69,7 +70,9 @@ def train_adapter(
     smaller for it.
 
     Started by `accelerate launch`, processes share each step's examples: two of them do
-    what one does with twice the batch. Ctrl-C or SIGTERM ends training after its step.
+    what one does with twice the batch (but for `sae_penalty`, which is taken by batch).
+    Each loads the models to the GPU of its number. Ctrl-C or SIGTERM ends training
+    after its step.
 
     Args:
         vision: Gives patch tokens.
@@ -83,8 +86,9 @@ def train_adapter(
         saes: By layer; needed for `sae_penalty`, and measured beside the loss if given.
         reference_texts: Give the norm of words at `inject_layer`; the embedded texts if
             not given.
-        out: A folder for adapter.safetensors, metrics.csv (the curve, while it grows),
-            failures.csv, and the checkpoint.
+        out: A folder for adapter.safetensors (adapter.partial.safetensors of a run that
+            was stopped), metrics.csv (the curve, while it grows), failures.csv, and the
+            checkpoint.
         resume: Goes on with the run that `out` holds. On the CPU, with as many threads,
             it ends with the very numbers of one that was never stopped.
         checkpoint_every: How often the checkpoint is written, in seconds.
@@ -102,31 +106,25 @@ def train_adapter(
         FileExistsError: `out` holds a run already, and `resume` is not asked for.
         FileNotFoundError: `resume` is asked for, and there is nothing to go on with.
         KeyboardInterrupt: Stopped twice.
-        RuntimeError: A frozen weight changed; nothing is saved.
+        ImportError: A tracker is not installed.
+        RuntimeError: A frozen weight changed, and nothing is saved; or a stream gives
+            no more examples.
         TypeError: Something among the examples is none, or an unknown setting.
         ValueError: A loss that is not a number (the batch is named, and the state
             before it is kept), a stage without a usable example, or a checkpoint of
             another run.
     """
     check_names("on_error", [on_error], ("record", "raise"))
-    check_names("tracker", list(track), TRACKERS)
+    require(track)
+    manifest = json.loads(json.dumps(dict(manifest or {})))
     settings = _changed(settings or AdapterTraining(), changes)
     frozen = Frozen(vision, language, saes or {}, settings)
     folder = None if out is None else Path(out)
-    accelerator = Accelerator(cpu=language.device.type == "cpu")
-    asked = os.environ.get("ACCELERATE_USE_CPU"), "MASTER_PORT" in os.environ
-    if asked == ("True", True) and accelerator.num_processes == 1:
-        warnings.warn(
-            "accelerate launch --cpu was asked for several processes and started "
-            "one, as it does where there is no mpirun; use --multi_gpu in place of "
-            "--cpu, which works without a GPU, too",
-            stacklevel=2,
-        )
     session = Session(
         frozen,
         as_stages(stages),
         settings,
-        accelerator=accelerator,
+        accelerator=_accelerator(language),
         folder=folder,
         vision_cache=None if vision_cache is None else Path(vision_cache),
         on_error=on_error,
@@ -140,43 +138,80 @@ def train_adapter(
         texts = reference_texts or lines(data_folder() / "reference_texts.txt")
         session.begin(kept, resume, list(texts))
         tracking = open_things.enter_context(
-            Tracking(track if session.is_main else (), folder, settings)
+            Tracking(track if session.is_main else (), folder, settings, session.n_done)
         )
         stop = open_things.enter_context(stoppable())
         open_things.callback(session.curve.close)
+
+        def save() -> None:
+            # What was learned between changed weights is never gone on with.
+            frozen.check()
+            if kept:
+                session.save(kept)
+            if folder is not None and session.is_main:
+                _listed(session).to_csv(folder / "failures.csv", index=False)
+
         try:
             for row in _shown(session, stop, progress):
                 tracking.log(row)
                 if kept and kept.age() >= checkpoint_every:
-                    session.save(kept)
+                    save()
         except NotFiniteError:
-            if kept:
-                session.save(kept)
+            save()
+            if folder is not None and session.is_main:
+                _save(session.adapter(manifest), folder, "adapter.partial")
             raise
-        if kept:
-            session.save(kept)
-    session.wait()
-    frozen.check()
+        save()
     partial = None if session.complete else session.progress
-    trained = TrainedAdapter(
-        session.adapter(dict(manifest or {})),
-        session.curve.table(),
-        pd.DataFrame(
-            [
-                asdict(f)
-                for f in sorted(session.failures, key=lambda f: (f.stage, f.index))
-            ],
-            columns=[field.name for field in fields(Failure)],
-        ),
-        partial,
-    )
+    adapter = session.adapter(manifest)
     if folder is not None and session.is_main:
-        trained.failures.to_csv(folder / "failures.csv", index=False)
-        if not partial:
-            unfinished = folder / "adapter.unfinished"
-            trained.adapter.save(unfinished)
-            unfinished.replace(folder / "adapter.safetensors")
-    return trained
+        _save(adapter, folder, "adapter.partial" if partial else "adapter")
+    session.wait()
+    return TrainedAdapter(adapter, session.curve.table(), _listed(session), partial)
+
+
+def _accelerator(language: LanguageModel) -> Accelerator:
+    """Which of the processes this is; alone, no more than that."""
+    started = "LOCAL_RANK" in os.environ
+    accelerator = Accelerator(cpu=started and language.device.type == "cpu")
+    asked = os.environ.get("ACCELERATE_USE_CPU"), "MASTER_PORT" in os.environ
+    if asked == ("True", True) and accelerator.num_processes == 1:
+        warnings.warn(
+            "accelerate launch --cpu was asked for several processes and started one, "
+            "as it does where there is no mpirun; use --multi_gpu in place of --cpu, "
+            "which works without a GPU, too",
+            stacklevel=3,
+        )
+    here = language.device
+    if (
+        accelerator.num_processes > 1
+        and here.type == "cuda"
+        and (here.index not in (None, accelerator.device.index))
+    ):
+        raise ValueError(
+            f"process {accelerator.process_index} has its language model on {here}, "
+            f"expected {accelerator.device}: each process takes the GPU of its number; "
+            "load the models with that device"
+        )
+    return accelerator
+
+
+def _save(adapter: Adapter, folder: Path, name: str) -> None:
+    """Writes the adapter beside the one before, which it then replaces."""
+    unfinished = folder / f"{name}.unfinished"
+    adapter.save(unfinished)
+    unfinished.replace(folder / f"{name}.safetensors")
+    if name == "adapter":
+        (folder / "adapter.partial.safetensors").unlink(missing_ok=True)
+
+
+def _listed(session: Session) -> pd.DataFrame:
+    """Failures in order of place."""
+    ordered = sorted(session.failures, key=lambda f: (f.stage, f.index))
+    return pd.DataFrame(
+        [asdict(failure) for failure in ordered],
+        columns=[field.name for field in fields(Failure)],
+    )
 
 
 def _shown(
@@ -197,12 +232,15 @@ def _shown(
                 for row in steps:
                     loss, speed = row["loss"], row["tokens_per_second"]
                     shown = "none" if loss is None else f"{loss:.3f}"
+                    failed = len(session.failures)
                     bar.set_postfix_str(
-                        f"loss {shown}, {speed:.0f} tokens/s", refresh=False
+                        f"loss {shown}, {speed:.0f} tokens/s"
+                        + (f", {failed} examples failed" if failed else ""),
+                        refresh=False,
                     )
                     bar.update()
                     yield row
-                    if session.asked_to_stop(stop.asked):
+                    if session.asked_to_stop(stop.asked) and not session.at_end:
                         return
     session.complete = True
 

@@ -55,6 +55,10 @@ class Batch:
         return [str(item.example.id) for item in self.items]
 
 
+_TOO_MANY = 1000
+"""So many useless examples at the beginning are no accident."""
+
+
 class Batches(Dataset):
     """The batches of one process in one stage, by number.
 
@@ -106,7 +110,7 @@ class Batches(Dataset):
         if stage.steps is not None:
             self.n_steps, self._end = stage.steps, stage.steps * step
         elif self.n_examples is None:
-            raise ValueError(
+            raise RanOutError(
                 f"the examples of stage {number} are a stream, which has no length; "
                 "say steps in place of epochs"
             )
@@ -121,8 +125,11 @@ class Batches(Dataset):
     def __getitem__(self, number: int) -> Batch:
         """A batch, read from disk."""
         items, failures = [], []
-        for index, example in self._at(number):
+        for place in self._places(number):
+            index, name = self._index(place), ""
             try:
+                example = self._example(index)
+                name = str(example.id)
                 item = Item(
                     index,
                     example,
@@ -133,51 +140,67 @@ class Batches(Dataset):
                 )
                 items.append(item)
             except UNREADABLE as error:
-                failures.append(self.failure(index, example, error))
+                failures.append(self.failure(index, name or str(index), error))
         return Batch(tuple(items), tuple(failures))
 
     def ids(self, number: int) -> list[str]:
         """Ids of a batch's examples, without reading pictures."""
-        return [str(example.id) for _, example in self._at(number)]
+        found = []
+        for place in self._places(number):
+            index = self._index(place)
+            try:
+                found.append(str(self._example(index).id))
+            except UNREADABLE:
+                found.append(str(index))
+        return found
 
-    def failure(self, index: int, example: Example, error: Exception) -> Failure:
+    def failure(self, index: int, name: str, error: Exception) -> Failure:
         """Records why an example cannot be learned from."""
         said = str(error) or type(error).__name__
-        return Failure(self._number, index, str(example.id), said)
+        return Failure(self._number, index, name, said)
 
     def first(self) -> Iterator[Item]:
         """Usable examples with their pictures, from the first place on, for one epoch.
 
         The same for every process.
         """
-        place, last = 0, self._end if self.n_examples is None else self.n_examples
-        while place < min(last, self._end):
-            index, example = self._example(place)
-            place += 1
+        last = self._end if self.n_examples is None else self.n_examples
+        found = False
+        for place in range(min(last, self._end)):
+            index = self._index(place)
             try:
+                example = self._example(index)
                 picture = example.picture()
                 learned = lesson(self._chat, example, self._n_patches, self._max_length)
-            except UNREADABLE:
+            except UNREADABLE as error:
+                if place + 1 == _TOO_MANY and not found:
+                    raise ValueError(
+                        f"none of the first {_TOO_MANY} examples of stage "
+                        f"{self._number} could be learned from; the last of them: "
+                        f"{error}"
+                    ) from error
                 continue  # listed when its batch comes
+            found = True
             yield Item(index, example, learned, picture)
 
-    def _at(self, number: int) -> Iterator[tuple[int, Example]]:
+    def _places(self, number: int) -> range:
+        """Places in the stage of a batch's examples."""
         step, part = divmod(number, self._stage.accumulate)
         size = self._stage.batch_size
         before = (step * self._stage.accumulate + part) * self._size + self._rank
-        for place in range(before * size, min((before + 1) * size, self._end)):
-            yield self._example(place)
+        return range(before * size, min((before + 1) * size, self._end))
 
-    def _example(self, place: int) -> tuple[int, Example]:
-        """Which example stands at a place of the stage; its index, and itself."""
+    def _index(self, place: int) -> int:
+        """Which example stands at a place of the stage."""
         if self.n_examples is None:
-            index = place
-        else:
-            epoch, within = divmod(place, self.n_examples)
-            if self._order is None or self._order[0] != epoch:
-                rng = np.random.default_rng([self._seed, self._number, epoch])
-                self._order = epoch, rng.permutation(self.n_examples)
-            index = int(self._order[1][within])
+            return place
+        epoch, within = divmod(place, self.n_examples)
+        if self._order is None or self._order[0] != epoch:
+            rng = np.random.default_rng([self._seed, self._number, epoch])
+            self._order = epoch, rng.permutation(self.n_examples)
+        return int(self._order[1][within])
+
+    def _example(self, index: int) -> Example:
         example = self._examples[index]
         if not isinstance(example, Example):
             raise TypeError(
@@ -188,7 +211,11 @@ class Batches(Dataset):
         if example.id is None:
             # By its place, so that it can be found again.
             example = replace(example, id=str(index))
-        return index, example
+        return example
+
+
+class RanOutError(RuntimeError):
+    """A stream that gives no more; no fault of any one example."""
 
 
 class _Stream:
@@ -211,7 +238,7 @@ class _Stream:
                 self._running = iter(self._source)
                 example = next(self._running, None)
             if example is None:
-                raise ValueError(
+                raise RanOutError(
                     f"stage {self._number} ran out of examples after {self._next}; "
                     "give more of them, or fewer steps"
                 )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -16,15 +19,14 @@ from scipy import stats
 from torch import Tensor
 
 from vlm_probe.adapter import Adapter
-from vlm_probe.controls import previous_image
 from vlm_probe.examples import UNREADABLE, Example, as_examples
 from vlm_probe.language import LanguageModel
 from vlm_probe.training.objective import lesson, surprise
 from vlm_probe.vision import VisionModel
 
 ARMS = ("true_image", "shuffled_image", "no_image")
-"""What stands in the prompt: the example's picture, that of the example before it (the
-first gets the last's), or none at all."""
+"""What stands in the prompt: the example's picture, the nearest other one before it
+(for the first, that of the last), or none at all."""
 
 _SURE = 0.05
 
@@ -157,17 +159,19 @@ def evaluate_adapter(
     Warns:
         UserWarning: The adapter does not beat the shuffled image.
     """
-    given = list(as_examples(examples))
+    given = examples if isinstance(examples, Sequence) else list(examples)
+    rows_and_columns = vision.grid
+    read = partial(_read, language, rows_and_columns[0] * rows_and_columns[1])
     failures: list[dict[str, str]] = []
     rows: list[dict[str, object]] = []
     with torch.no_grad():
-        last = next(_read(reversed(given), []), None)
-        before = None if last is None else adapter(vision.encode([last[1]]))[0]
-        pairs = _read(given, failures)
+        encode = lambda pictures: adapter(vision.encode(pictures))  # noqa: E731
+        donors = _Donors(encode, read(_numbered(given, backwards=True), []))
+        pairs = read(_numbered(given), failures)
         while batch := list(itertools.islice(pairs, batch_size)):
-            vectors = adapter(vision.encode([picture for _, picture in batch]))
-            arms = vectors, previous_image(vectors, before), None
-            before = vectors[-1]
+            vectors = encode([picture for _, picture in batch])
+            keys = [_key(picture) for _, picture in batch]
+            arms = vectors, donors.others(keys, vectors), None
             rows += _asked(language, [e for e, _ in batch], arms, adapter.inject_layer)
     if len(rows) < 2:
         first = f"; the first, {failures[0]['id']!r}: {failures[0]['error']}"
@@ -183,17 +187,94 @@ def evaluate_adapter(
     return found
 
 
+class _Donors:
+    """Vectors of the nearest picture before an example that is not its own.
+
+    Rows of one picture often follow each other in a file.
+    """
+
+    def __init__(
+        self,
+        encode: Callable[[list[Image.Image]], Tensor],
+        backwards: Iterator[tuple[Example, Image.Image]],
+    ) -> None:
+        """Begins with the last two pictures, which stand before the first."""
+        self._latest: list[tuple[bytes, Tensor]] = []
+        for _, picture in backwards:
+            key = _key(picture)
+            if all(key != known for known, _ in self._latest):
+                self._latest.insert(0, (key, encode([picture])[0]))
+            if len(self._latest) == 2:
+                return
+        if self._latest:
+            raise ValueError(
+                "all examples that can be used show the same picture; give others, for "
+                "what is asked is whether the adapter tells pictures apart"
+            )
+
+    def others(
+        self, keys: Sequence[bytes], vectors: Float[Tensor, "image patch d_model"]
+    ) -> Float[Tensor, "image patch d_model"]:
+        """For each of a batch, the vectors of another picture."""
+        found = []
+        for key, own in zip(keys, vectors, strict=True):
+            if key != self._latest[-1][0]:
+                self._latest = [self._latest[-1], (key, own)]
+            found.append(self._latest[-2][1])
+        return torch.stack(found)
+
+
+def _key(picture: Image.Image) -> bytes:
+    return hashlib.sha1(picture.tobytes() + repr(picture.size).encode()).digest()
+
+
+def _numbered(
+    given: Sequence[Example], *, backwards: bool = False
+) -> Iterator[Example]:
+    """Examples, each with an id, read as they are asked for."""
+    places = range(len(given))
+    for place in reversed(places) if backwards else places:
+        (example,) = as_examples([given[place]])
+        yield example if given[place].id else replace(example, id=str(place))
+
+
 def _read(
-    examples: Iterable[Example], failures: list[dict[str, str]]
+    language: LanguageModel,
+    n_patches: int,
+    examples: Iterable[Example],
+    failures: list[dict[str, str]],
 ) -> Iterator[tuple[Example, Image.Image]]:
     """Examples with their pictures; those that cannot be used go to `failures`."""
+    most = language.hooked.cfg.n_ctx
     for example in examples:
         try:
             if example.answer is None and example.caption is None:
                 raise ValueError("neither answer nor caption to compare with")
-            yield example, example.picture()
+            picture = example.picture()
+            if example.answer is not None:
+                prompt = language.chat.image_prompt(example.prompt, n_patches)
+                length = len(prompt.ids) + _length(language, example.answer) + _MORE
+                if length > most:
+                    raise ValueError(
+                        f"question and answer take {length} tokens of the {most} that "
+                        "the language model is run with"
+                    )
+            if example.caption is not None:
+                lesson(language.chat, _captioned(example), n_patches, most)
         except UNREADABLE as error:
             failures.append({"id": str(example.id), "error": str(error)})
+        else:
+            yield example, picture
+
+
+_MORE = 2
+"""Tokens that are said beyond the length of the right answer: with these at its end, an
+answer is longer than any right one."""
+
+
+def _captioned(example: Example) -> Example:
+    """The example with its caption for an answer."""
+    return Example(example.image, answer=example.caption)
 
 
 def _asked(
@@ -259,13 +340,7 @@ def _captions(
     n_patches = 0 if vectors is None else vectors.shape[1]
     most = language.hooked.cfg.n_ctx
     lessons = [
-        lesson(
-            language.chat,
-            Example(batch[i].image, answer=batch[i].caption),
-            n_patches,
-            most,
-        )
-        for i in places
+        lesson(language.chat, _captioned(batch[i]), n_patches, most) for i in places
     ]
     nats, rows = surprise(
         language,
@@ -273,7 +348,17 @@ def _captions(
         None if vectors is None else vectors[places],
         inject_layer=inject_layer,
     )
-    return {i: float(nats[rows == row].double().mean()) for row, i in enumerate(places)}
+    found = {
+        i: float(nats[rows.to(nats.device) == row].double().mean())
+        for row, i in enumerate(places)
+    }
+    for i, value in found.items():
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the cross-entropy of example {batch[i].id!r} is {value}; look at the "
+                "adapter's weights, and at the dtype of the language model"
+            )
+    return found
 
 
 def _length(language: LanguageModel, words: str) -> int:

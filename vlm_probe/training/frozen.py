@@ -41,8 +41,10 @@ class Frozen:
                 f"sae_penalty {settings.sae_penalty} given, but no SAE; give saes= (of "
                 "load_saes, or a model's .saes)"
             )
-        self.saes = {layer: saes[layer] for layer in sorted(asked)}
-        for layer, sae in self.saes.items():
+        self.saes, self.layers = saes, tuple(sorted(asked))
+        """SAEs, which may be streamed, and the layers of those that are asked."""
+        told = {layer: outlines(saes)[layer] for layer in self.layers}
+        for layer, sae in told.items():
             if sae.d_model != language.d_model:
                 raise ValueError(
                     f"SAE {sae.name!r} codes activations of width {sae.d_model}, the "
@@ -54,7 +56,7 @@ class Frozen:
                     f"enter before block {settings.inject_layer} of "
                     f"{language.n_layers}"
                 )
-        if len({sae.hook_point for sae in self.saes.values()}) > 1:
+        if len({sae.hook_point for sae in told.values()}) > 1:
             raise ValueError("the SAEs are of several hook points; give those of one")
         if not 0 <= settings.inject_layer < language.n_layers:
             raise ValueError(
@@ -83,7 +85,8 @@ class Frozen:
             "vision": digest(self.vision.visual),
             "language": digest(self.language.hooked),
         }
-        for layer, sae in outlines(self.saes).items():
+        for layer in self.layers:
+            sae = outlines(self.saes)[layer]
             found[f"sae of layer {layer}"] = digest(
                 sae.sae, lambda layer=layer: self.saes[layer].sae
             )

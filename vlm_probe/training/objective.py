@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
+from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from vlm_probe.examples import Example
 from vlm_probe.language import LanguageModel
 from vlm_probe.language.chat import Chat
 from vlm_probe.language.model import Visitor
-from vlm_probe.saes import LayerSae
+from vlm_probe.saes import LayerSae, outlines
 from vlm_probe.tokens import Prompt
 
 
@@ -56,7 +57,12 @@ def lesson(chat: Chat, example: Example, n_patches: int, max_length: int) -> Les
         if not answer.strip():
             raise ValueError(f"the assistant says nothing in turn {number + 1}")
     room = n_patches if example.image is not None else 0
-    prompt, spans = chat.conversation(turns, room)
+    try:
+        prompt, spans = chat.conversation(turns, room)
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses the conversation: {error}") from (
+            error
+        )
     said = [
         (position, turn)
         for turn, span in enumerate(spans)
@@ -77,16 +83,12 @@ def lesson(chat: Chat, example: Example, n_patches: int, max_length: int) -> Les
 class Loss:
     """Of some conversations: sums, so that parts of a batch add up to its loss."""
 
-    total: Float[Tensor, ""]
-    """What to minimize, times `weight`; with the graph to the image vectors."""
     cross_entropy: Float[Tensor, ""]
-    """Weighted sum over the assistant's tokens, in nats."""
-    fvu: Float[Tensor, ""]
-    """Mean FVU over the SAEs that were asked, times `weight`; 0 without any."""
-    weight: float
-    """Sum of the weights."""
-    n_tokens: int
-    """Tokens of the assistant."""
+    """Weighted sum over the assistant's tokens, in nats, with the graph to the image
+    vectors."""
+    fvu: Float[Tensor, ""] | None
+    """Mean FVU over the SAEs that were asked, times the number of pictures; None where
+    none was asked, or there is no picture. With its graph, if that was asked for."""
 
 
 def loss(
@@ -97,7 +99,8 @@ def loss(
     average: str = "tokens",
     inject_layer: int = 0,
     saes: Mapping[int, LayerSae] | None = None,
-    penalty: float = 0.0,
+    layers: Sequence[int] = (),
+    penalized: bool = False,
 ) -> Loss:
     """Cross-entropy of what the assistant says, and the SAEs' FVU at image positions.
 
@@ -107,13 +110,12 @@ def loss(
         vectors: Image vectors of those with a picture, in order; None if none has.
         average: What the loss is a mean of: "tokens" or "turns".
         inject_layer: Before which block the vectors enter.
-        saes: Those whose FVU at image positions is measured.
-        penalty: How much it counts beside cross-entropy. It is not a sum over tokens:
-            where a step's loss is added up of parts, it is their mean, weighted like
-            their cross-entropies.
+        saes: By layer; they may be streamed.
+        layers: Those whose SAE's FVU at image positions is measured.
+        penalized: Whether FVU is to have a gradient.
     """
     fvus: list[Float[Tensor, ""]] = []
-    asked = dict(saes or {}) if vectors is not None else {}
+    asked = list(layers) if saes and vectors is not None else []
 
     def visit(layer: int, residual: Float[Tensor, "row pos d_model"]) -> None:
         x = torch.cat(
@@ -122,30 +124,23 @@ def loss(
                 for row, lesson in zip(residual, lessons, strict=True)
             ]
         )
-        fvus.append(_fvu(x, asked[layer]))
+        with torch.set_grad_enabled(penalized and torch.is_grad_enabled()):
+            fvus.append(_fvu(x, saes[layer]))  # pyright: ignore -- asked of these only
 
-    points = {sae.hook_point for sae in asked.values()} or {"resid_post"}
+    points = {outlines(saes or {})[layer].hook_point for layer in asked}
     nats, _ = surprise(
         language,
         lessons,
         vectors,
-        layers=list(asked),
+        layers=asked,
         visit=visit,
-        hook_point=points.pop(),
+        hook_point=points.pop() if points else "resid_post",
         inject_layer=inject_layer,
     )
     weights = [weight for lesson in lessons for weight in lesson.weights(average)]
     weight = torch.tensor(weights, device=nats.device)
-    cross_entropy = (nats * weight).sum()
-    whole = float(weight.sum())
-    fvu = torch.stack(fvus).mean() * whole if fvus else cross_entropy.new_zeros(())
-    return Loss(
-        cross_entropy + penalty * fvu if penalty else cross_entropy,
-        cross_entropy.detach(),
-        fvu.detach(),
-        whole,
-        len(weights),
-    )
+    fvu = torch.stack(fvus).mean() * len(vectors) if fvus else None  # pyright: ignore
+    return Loss((nats * weight).sum(), fvu)
 
 
 def surprise(

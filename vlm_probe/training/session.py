@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import math
+import signal
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -13,20 +16,19 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 from vlm_probe.adapter import Adapter
 from vlm_probe.checkpoint import Checkpoint, State
-from vlm_probe.examples import UNREADABLE, Example
-from vlm_probe.training.batches import Batch, Batches, Failure, Item
+from vlm_probe.examples import Example
+from vlm_probe.training.batches import Batch, Batches, Failure
 from vlm_probe.training.curve import Curve
 from vlm_probe.training.frozen import Frozen
 from vlm_probe.training.learner import Learner, word_norm
-from vlm_probe.training.objective import loss
 from vlm_probe.training.settings import AdapterTraining, Stage
+from vlm_probe.training.step import Step, Sums
 from vlm_probe.vision import TokenCache
 
 
@@ -52,12 +54,6 @@ class Session:
         self._frozen, self._settings = frozen, settings
         self._accelerator, self._folder = accelerator, folder
         self._on_error = on_error
-        self._cache = vision_cache and TokenCache(
-            vision_cache,
-            frozen.vision,
-            identity=frozen.digests["vision"],
-            dtype=settings.vision_cache_dtype,
-        )
         vision, language = frozen.vision, frozen.language
         self._stages = [stage for _, stage in stages]
         rows, columns = vision.grid
@@ -78,6 +74,14 @@ class Session:
         ]
         learner = Learner(vision.d_vision, language.d_model, settings)
         self._learner = learner.to(language.device)
+        cache = vision_cache and TokenCache(
+            vision_cache,
+            vision,
+            identity=frozen.digests["vision"],
+            dtype=settings.vision_cache_dtype,
+        )
+        self._cached = cache is not None
+        self._step = Step(frozen, self._learner, settings, accelerator, cache)
         self._optimizer: torch.optim.Optimizer | None = None
         self._resumed: dict[str, Tensor] = {}
         """State of the optimizer that waits for its stage."""
@@ -101,6 +105,12 @@ class Session:
     def n_steps(self) -> int:
         """Steps of the stage."""
         return self._batches[self.number - 1].n_steps
+
+    @property
+    def n_done(self) -> int:
+        """Steps of all stages so far."""
+        before = self._batches[: self.number - 1]
+        return sum(batches.n_steps for batches in before) + self.step
 
     @property
     def progress(self) -> str:
@@ -127,6 +137,13 @@ class Session:
                 raise FileExistsError(
                     f"there is a run in {self._folder} already; ask for resume "
                     "(--resume) to go on with it, or give another folder"
+                )
+        if self._folder is not None and state is None:
+            stale = self._folder / "adapter.safetensors"
+            if stale.exists():
+                raise FileExistsError(
+                    f"there is an adapter in {self._folder} already, and no checkpoint "
+                    "to go on with; give another folder"
                 )
         if resume and state is None:
             raise FileNotFoundError(
@@ -169,7 +186,7 @@ class Session:
             optimizer,
             num_warmup_steps=round(stage.warm_up * batches.n_steps),
             num_training_steps=batches.n_steps,
-            min_lr=min(stage.final_rate, stage.learning_rate),
+            min_lr=stage.final_rate,
             last_epoch=self.step - 1,
         )
         todo = range(self.step * stage.accumulate, len(batches))
@@ -179,6 +196,7 @@ class Session:
             sampler=todo,  # pyright: ignore[reportArgumentType] -- any iterable
             num_workers=self._settings.workers,
             collate_fn=_unchanged,
+            worker_init_fn=_follow,
         )
         yield self._steps(stage, iter(loader), optimizer, schedule)
         if self.step == batches.n_steps and not self._learned:
@@ -190,7 +208,13 @@ class Session:
 
     def asked_to_stop(self, here: bool) -> bool:
         """Whether any of the processes was asked to stop."""
-        return bool(self._of_all(torch.tensor(float(here))))
+        return bool(self._step.of_all(torch.tensor(float(here))))
+
+    @property
+    def at_end(self) -> bool:
+        """Whether the last step of the last stage is done."""
+        last = len(self._stages)
+        return (self.number, self.step) == (last, self._batches[-1].n_steps)
 
     def wait(self) -> None:
         """Until all processes are here."""
@@ -228,7 +252,13 @@ class Session:
             ],
             "processes": self._accelerator.num_processes,
             "frozen": self._frozen.digests,
-            "vision_block": vision.block,
+            "vision": {
+                "block": vision.block,
+                "preprocess": vision.preprocessing,
+                "device": vision.device.type,
+                "dtype": str(vision.dtype),
+                "cached": self._cached,
+            },
             "language": {
                 "device": language.device.type,
                 "dtype": str(language.dtype),
@@ -292,7 +322,7 @@ class Session:
         pictured = (item for item in usable if item.picture is not None)
         chosen = itertools.islice(pictured, settings.calibration)
         while batch := list(itertools.islice(chosen, 32)):
-            patches.append(self._encoded(batch).flatten(0, 1))
+            patches.append(self._step.encode(batch).flatten(0, 1))
             n += len(batch)
         if not patches:
             raise ValueError(
@@ -324,141 +354,64 @@ class Session:
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler,
     ) -> Iterator[dict[str, float | int | None]]:
-        begun = time.perf_counter()
+        begun, portions = time.perf_counter(), range(stage.accumulate)
         while self.step < self.n_steps:
             optimizer.zero_grad()
-            taken = [next(batches) for _ in range(stage.accumulate)]
-            sums = torch.zeros(6, dtype=torch.float64)
-            failures: list[Failure] = []
-            for batch in taken:
-                items, patches, failed = self._looked_at(batch)
-                failures += failed
-                if items:
-                    sums[:5] += self._backward(items, patches, stage)
-            self._refuse(failures)
-            new = [f for f in failures if (f.stage, f.index) not in self._known]
-            sums[5] = len(new)
-            whole = self._of_all(sums).tolist()
-            cross_entropy, fvu, weight, n_tokens, n_conversations, n_new = whole
-            if n_new:
-                self._record(gather_object(new))
-            norm = self._gradient(weight, stage.clip)
-            if not math.isfinite(cross_entropy + fvu + norm):
-                ids = gather_object([name for batch in taken for name in batch.ids])
+            taken = self._batches[self.number - 1]
+            seen = [self._step.look(next(batches), taken) for _ in portions]
+            here = [failure for part in seen for failure in part.failures]
+            self._refuse(here)
+            sums = self._step.learn(seen, stage)
+            if sums.n_failures:
+                self._record(gather_object(here))
+            fvu = sums.fvu if self._settings.sae_penalty else 0.0
+            if not math.isfinite(sums.cross_entropy + sums.gradient_norm + fvu):
+                ids = [str(item.example.id) for part in seen for item in part.items]
                 raise NotFiniteError(
                     f"the loss is not a number at step {self.step + 1} of stage "
-                    f"{self.number} (cross-entropy {cross_entropy:.3g}, gradient "
-                    f"{norm:.3g}); its examples: {', '.join(ids)}. What was learned "
-                    "before it is kept in the checkpoint, if there is one; look at "
-                    "these examples, or take a lower learning_rate, or dtype float32"
+                    f"{self.number} (cross-entropy {sums.cross_entropy:.3g}, gradient "
+                    f"{sums.gradient_norm:.3g}); its examples: "
+                    f"{', '.join(gather_object(ids))}. What was learned before it is "
+                    "kept, as adapter.partial.safetensors where a folder was given. "
+                    "Look at these examples; or begin again with a lower "
+                    "learning_rate, or the language model in float32"
                 )
             (rate,) = schedule.get_last_lr()
             optimizer.step()  # without gradients, where nothing could be used
             schedule.step()
             self.step += 1
-            self._learned += int(n_conversations)
+            self._learned += sums.n_conversations
             seconds = time.perf_counter() - begun
             begun += seconds
-            penalty = self._settings.sae_penalty
-            row = {
-                "stage": self.number,
-                "step": self.step,
-                "loss": _mean(cross_entropy + penalty * fvu, weight),
-                "cross_entropy": _mean(cross_entropy, weight),
-                "fvu": _mean(fvu, weight) if self._frozen.saes else None,
+            row = self._row(sums) | {
                 "learning_rate": rate,
-                "gradient_norm": norm,
-                "n_conversations": int(n_conversations),
-                "n_tokens": int(n_tokens),
                 "seconds": round(seconds, 4),
-                "tokens_per_second": round(n_tokens / seconds, 1),
+                "tokens_per_second": round(sums.n_tokens / seconds, 1),
             }
             if self.is_main:
                 self.curve.add(row)
             yield row
 
-    def _looked_at(
-        self, batch: Batch
-    ) -> tuple[
-        Sequence[Item], Float[Tensor, "image patch d_vision"] | None, list[Failure]
-    ]:
-        """What can be learned from, its pictures' patch tokens, and what cannot."""
-        failures = list(batch.failures)
-        pictured = [item for item in batch.items if item.example.image is not None]
-        if not pictured:
-            return batch.items, None, failures
-        if self._cache is None:
-            return batch.items, self._encoded(pictured), failures
-        try:
-            patches = self._cache.encode([item.example for item in pictured])
-        except UNREADABLE:
-            batches, broken = self._batches[self.number - 1], {}
-            for item in pictured:
-                try:
-                    item.example.picture()
-                except UNREADABLE as error:
-                    broken[item.index] = batches.failure(
-                        item.index, item.example, error
-                    )
-            if not broken:  # but the disk is full
-                raise
-            rest = [item for item in batch.items if item.index not in broken]
-            return self._looked_at(Batch(tuple(rest), (*failures, *broken.values())))
-        return batch.items, patches, failures
-
-    def _encoded(self, items: Sequence[Item]) -> Float[Tensor, "image patch d_vision"]:
-        pictures = [item.picture for item in items if item.picture is not None]
-        return self._frozen.vision.encode(pictures)
-
-    def _backward(
-        self,
-        items: Sequence[Item],
-        patches: Float[Tensor, "image patch d_vision"] | None,
-        stage: Stage,
-    ) -> Tensor:
-        """Adds up gradients; gives the sums of the loss."""
-        settings, frozen = self._settings, self._frozen
-        found = loss(
-            frozen.language,
-            [item.lesson for item in items],
-            None if patches is None else self._learner(patches),
-            average=stage.average,
-            inject_layer=settings.inject_layer,
-            saes=frozen.saes,
-            penalty=settings.sae_penalty,
-        )
-        if found.total.requires_grad:
-            found.total.backward()
-        return torch.tensor(
-            [
-                float(found.cross_entropy),
-                float(found.fvu),
-                found.weight,
-                found.n_tokens,
-                len(items),
-            ],
-            dtype=torch.float64,
-        )
-
-    def _gradient(self, weight: float, clip: float | None) -> float:
-        """The step's mean gradient, of all processes, shortened; gives its norm."""
-        parameters = list(self._learner.parameters())
-        if not weight:
-            return 0.0
-        for parameter in parameters:
-            grad = parameter.grad
-            if grad is None:  # this process had no picture; others may
-                grad = torch.zeros_like(parameter)
-            parameter.grad = self._accelerator.reduce(grad, "sum") / weight
-        most = float("inf") if clip is None else clip
-        return float(nn.utils.clip_grad_norm_(parameters, most))
-
-    def _of_all(self, here: Tensor) -> Tensor:
-        """Summed over the processes."""
-        if self._accelerator.num_processes == 1:
-            return here
-        device = self._frozen.language.device
-        return self._accelerator.reduce(here.to(device), "sum").cpu()
+    def _row(self, sums: Sums) -> dict[str, float | int | None]:
+        """A row of the curve; None for what was not measured."""
+        cross_entropy, fvu = None, None
+        if sums.weight:
+            cross_entropy = sums.cross_entropy / sums.weight
+        if sums.n_pictures and self._frozen.layers:
+            fvu = sums.fvu / sums.n_pictures
+        loss = cross_entropy
+        if loss is not None and self._settings.sae_penalty:
+            loss += self._settings.sae_penalty * (fvu or 0.0)
+        return {
+            "stage": self.number,
+            "step": self.step,
+            "loss": loss,
+            "cross_entropy": cross_entropy,
+            "fvu": fvu,
+            "gradient_norm": sums.gradient_norm,
+            "n_conversations": sums.n_conversations,
+            "n_tokens": sums.n_tokens,
+        }
 
     def _refuse(self, failures: Sequence[Failure]) -> None:
         if failures and self._on_error == "raise":
@@ -475,9 +428,14 @@ class Session:
                 self.failures.append(failure)
 
 
-def _mean(total: float, weight: float) -> float | None:
-    """None where nothing was measured."""
-    return total / weight if weight else None
+_DEATH = 1
+"""PR_SET_PDEATHSIG of Linux' prctl: the signal that is sent when the parent ends."""
+
+
+def _follow(_: int) -> None:
+    """Lets a worker end with its parent, also where that is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_DEATH, signal.SIGKILL)
 
 
 def _unchanged(batch: Batch) -> Batch:

@@ -49,6 +49,11 @@ class Stage:
         for name in ("epochs", "learning_rate", "clip", "max_length"):
             if (given := getattr(self, name)) is not None and given <= 0:
                 raise ValueError(f"{name} must be above 0, given {given}")
+        if not 0 <= self.final_rate <= self.learning_rate:
+            raise ValueError(
+                f"final_rate must be from 0 to learning_rate {self.learning_rate}, "
+                f"given {self.final_rate}"
+            )
         if not 0 <= self.warm_up < 1:
             raise ValueError(f"warm_up is a share of steps, given {self.warm_up}")
 
@@ -70,7 +75,9 @@ class AdapterTraining:
     the adapter is of the same kind, and takes plain patch tokens."""
     sae_penalty: float = 0.0
     """Weight of a second term of the loss: the FVU of SAEs at image positions, meaned
-    over penalty_layers (the idea of arXiv 2605.24946)."""
+    over penalty_layers (the idea of arXiv 2605.24946). It is taken by batch, against
+    that batch's own variance: accumulated batches and several processes give the mean
+    of theirs, not that of one large batch."""
     penalty_layers: Sequence[int] | None = None
     """Layers whose SAE the penalty asks, from 0; all that have one if not given. Where
     there is no penalty, their FVU is measured beside the loss."""
@@ -98,6 +105,8 @@ class AdapterTraining:
         for name, least in (("inject_layer", 0), ("calibration", 1), ("workers", 0)):
             if (given := getattr(self, name)) < least:
                 raise ValueError(f"{name} must be at least {least}, given {given}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, given {self.seed}")
         if self.d_hidden is not None and self.kind == "linear":
             raise ValueError(
                 f"d_hidden {self.d_hidden} given, but a linear adapter has no width "

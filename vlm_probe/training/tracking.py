@@ -10,14 +10,36 @@ from pathlib import Path
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, WandBTracker
 from accelerate.utils import is_tensorboard_available, is_wandb_available
 
-from vlm_probe.training.settings import AdapterTraining
+from vlm_probe.tokens import check_names
+from vlm_probe.training.settings import TRACKERS, AdapterTraining
+
+
+def require(names: Sequence[str]) -> None:
+    """Makes sure that trackers can be had.
+
+    Raises:
+        ImportError: One is not installed.
+        ValueError: There is no such tracker.
+    """
+    check_names("tracker", list(names), TRACKERS)
+    there = {"wandb": is_wandb_available(), "tensorboard": is_tensorboard_available()}
+    for name in names:
+        if not there[name]:
+            raise ImportError(
+                f"{name} is not installed; pip install {name}, or leave it out: "
+                "metrics.csv holds the same curve"
+            )
 
 
 class Tracking:
     """Sends the curve on, step by step."""
 
     def __init__(
-        self, names: Sequence[str], folder: Path | None, settings: AdapterTraining
+        self,
+        names: Sequence[str],
+        folder: Path | None,
+        settings: AdapterTraining,
+        n_done: int,
     ) -> None:
         """Opens trackers.
 
@@ -25,25 +47,15 @@ class Tracking:
             names: "wandb", "tensorboard".
             folder: Where TensorBoard's files go.
             settings: Stand beside the run.
+            n_done: Steps that were sent before.
 
         Raises:
-            ImportError: One is not installed.
             ValueError: TensorBoard without a folder.
         """
-        there = {
-            "wandb": is_wandb_available(),
-            "tensorboard": is_tensorboard_available(),
-        }
-        for name in names:
-            if not there[name]:
-                raise ImportError(
-                    f"{name} is not installed; pip install {name}, or leave it out: "
-                    "metrics.csv holds the same curve"
-                )
         if "tensorboard" in names and folder is None:
             raise ValueError("tensorboard writes files; say where to, with out=")
         self._trackers: list[GeneralTracker] = []
-        self._n = 0
+        self._n = n_done
         for name in names:
             tracker = (
                 WandBTracker("vlm_probe")
