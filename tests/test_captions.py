@@ -307,6 +307,21 @@ def test_columns_that_are_not_understood(columns, words):
         read_examples(datasets.Dataset.from_dict(columns))
 
 
+def test_a_dataset_that_was_saved_to_disk(tmp_path):
+    rows = datasets.Dataset.from_dict(
+        {"image": ["a.png", "b.png"], "text": ["a dog", "a bar"]}
+    )
+    rows.save_to_disk(tmp_path / "one")
+    found = read_examples(tmp_path / "one", tmp_path)
+    assert [e.caption for e in found] == ["a dog", "a bar"]
+    assert [e.image for e in found] == [tmp_path / "a.png", tmp_path / "b.png"]
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "two")
+    with pytest.raises(ValueError, match=r"holds the splits 'test', 'train' of a data"):
+        read_examples(tmp_path / "two")
+    found = read_examples(tmp_path / "two" / "train")
+    assert len(found) == 2
+
+
 def test_splits_are_not_one_dataset():
     rows = datasets.Dataset.from_dict({"text": ["a"]})
     both = datasets.DatasetDict({"test": rows, "train": rows})

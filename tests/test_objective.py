@@ -84,8 +84,9 @@ def test_it_is_hugging_faces_loss_with_masked_labels(family):
         )
     with torch.no_grad():
         expected = hf(inputs_embeds=inputs, attention_mask=mask, labels=said).loss
-    assert found.n_tokens == int((said != -100).sum()) == found.weight
-    assert abs(float(found.cross_entropy) / found.weight - float(expected)) < 1e-5
+    n_tokens = sum(len(lesson.said) for lesson in lessons)
+    assert n_tokens == int((said != -100).sum())
+    assert abs(float(found.cross_entropy) / n_tokens - float(expected)) < 1e-5
     assert float(expected) > 1
 
 
@@ -127,7 +128,7 @@ def test_turns_count_alike_if_asked(small):
         by_turns = loss(small, [taught], vectors, average="turns")
         by_tokens = loss(small, [taught], vectors)
     assert rows.tolist() == [0] * 8
-    assert by_turns.weight == pytest.approx(2)
+    assert sum(taught.weights("turns")) == pytest.approx(2)
     expected = float(nats[:2].mean() + nats[2:].mean())
     assert float(by_turns.cross_entropy) == pytest.approx(expected, rel=1e-6)
     assert float(by_tokens.cross_entropy) == pytest.approx(float(nats.sum()), rel=1e-6)
@@ -142,16 +143,16 @@ def test_parts_of_a_batch_add_up_to_its_loss(small):
             loss(small, lessons[s], vectors[s], average="turns")
             for s in (slice(0, 1), slice(1, 3))
         ]
-    assert whole.weight == pytest.approx(sum(part.weight for part in parts))
-    total = sum(float(part.total) for part in parts)
-    assert float(whole.total) == pytest.approx(total, rel=1e-5)
+    total = sum(float(part.cross_entropy) for part in parts)
+    assert float(whole.cross_entropy) == pytest.approx(total, rel=1e-5)
 
 
 def test_the_penalty_is_the_fvu_at_image_positions(small):
     lessons = lessons_of(small, [TOY, replace(TOY, image=None), TOY])
     vectors = torch.randn(2, PATCHES, D_MODEL, requires_grad=True)
     saes = {1: tiny_sae(1), 2: tiny_sae(2)}
-    found = loss(small, lessons, vectors, saes=saes, penalty=0.5)
+    asked = {"saes": saes, "layers": [1, 2]}
+    found = loss(small, lessons, vectors, penalized=True, **asked)
     seen = {}
     pictured = [lessons[0].prompt, lessons[2].prompt]
     small.read(
@@ -165,16 +166,20 @@ def test_the_penalty_is_the_fvu_at_image_positions(small):
         x_hat = saes[layer].sae(x)
         spread = (x - x.mean(0)).square().sum()
         by_hand.append(float((x - x_hat).square().sum() / spread))
-    assert float(found.fvu) / found.weight == pytest.approx(sum(by_hand) / 2, rel=1e-4)
-    assert float(found.total.detach()) == pytest.approx(
-        float(found.cross_entropy + 0.5 * found.fvu), rel=1e-6
-    )
-    # It pulls on the vectors beside what cross-entropy does.
-    (pull,) = torch.autograd.grad(found.total, vectors)
-    plain = loss(small, lessons, vectors, saes=saes)
-    (without,) = torch.autograd.grad(plain.total, vectors)
-    assert float(plain.fvu) == pytest.approx(float(found.fvu))
-    assert (pull - without).abs().max() > 0.1
+    # Two pictures: a mean that adds up with those of other batches.
+    assert float(found.fvu.detach()) / 2 == pytest.approx(sum(by_hand) / 2, rel=1e-4)
+    # It pulls on the vectors if it is asked to, and only then.
+    (pull,) = torch.autograd.grad(found.fvu, vectors, retain_graph=True)
+    step = 1e-2 * pull / pull.norm()
+    with torch.no_grad():
+        up, down = (
+            loss(small, lessons, vectors + sign * step, **asked).fvu for sign in (1, -1)
+        )
+    assert float(up - down) == pytest.approx(2e-2 * float(pull.norm()), rel=0.05)
+    plain = loss(small, lessons, vectors, **asked)
+    assert not plain.fvu.requires_grad
+    assert float(plain.fvu) == pytest.approx(float(found.fvu.detach()))
+    assert loss(small, lessons[1:2], None, **asked).fvu is None
 
 
 def test_what_is_too_long_is_cut_off(small):

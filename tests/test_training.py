@@ -17,14 +17,33 @@ from tiny import D_MODEL, D_VISION, LAYERS
 from vlm_probe.adapter import MlpAdapter, load_adapter
 from vlm_probe.model import VisionLanguageModel
 from vlm_probe.probe import probe_layers
+from vlm_probe.saes import load_saes, outlines
 from vlm_probe.training.adapter import train_adapter
+from vlm_probe.training.batches import RanOutError
 from vlm_probe.training.curve import COLUMNS
+from vlm_probe.training.frozen import Frozen
 from vlm_probe.training.learner import Learner, word_norm
 from vlm_probe.training.session import NotFiniteError
 from vlm_probe.training.settings import PAPER, AdapterTraining, Stage
 
 TIMES = ["seconds", "tokens_per_second"]
 FAST = Stage(epochs=4.0, batch_size=6, learning_rate=2e-2)
+
+
+class Reading:
+    """Examples that are read as they are asked for."""
+
+    def __init__(self, held):
+        self.held = held
+
+    def __len__(self):
+        return len(self.held)
+
+    def __getitem__(self, index):
+        return self.held[index]
+
+    def __iter__(self):
+        return iter(self.held)
 
 
 def same_weights(a, b, tolerance):
@@ -151,12 +170,76 @@ def test_what_cannot_be_learned_from_is_listed(tmp_path):
         train(stages=[(examples(3, broken=range(3)), stage)])
 
 
+def test_a_row_that_cannot_be_read_is_one_failure():
+    """Rows of datasets are checked as they are read."""
+
+    class Rows(Reading):
+        def __getitem__(self, index):
+            if index == 5:
+                raise ValueError("row 5 has two pictures")
+            return super().__getitem__(index)
+
+    stages = [(Rows(examples(9)), Stage(epochs=2.0, batch_size=4))]
+    trained = train(stages=stages)
+    assert trained.failures[["index", "id", "error"]].to_numpy().tolist() == [
+        [5, "5", "row 5 has two pictures"]
+    ]
+    assert trained.curve.n_conversations.sum() == 16
+
+
+def test_a_wrong_folder_is_no_million_failures(monkeypatch):
+    from vlm_probe.training import batches
+
+    monkeypatch.setattr(batches, "_TOO_MANY", 4)
+    pictures = examples(12, broken=range(12))
+    with pytest.raises(ValueError, match=r"none of the first 4 examples .*nowhere.png"):
+        train(stages=[(pictures, Stage())])
+
+
+def test_text_alone_is_missing_from_fvu_and_no_zero():
+    pictures = examples(12)
+    for i in range(0, 12, 2):
+        pictures[i] = replace(pictures[i], image=None)
+    stages = [(pictures, Stage(epochs=2.0, batch_size=1))]
+    measured = train(stages=stages, saes=SAES, penalty_layers=(0,)).curve
+    assert measured.fvu.isna().sum() == 12
+    assert measured.fvu.min() > 0.05
+    whole = train(
+        stages=[(pictures, Stage(steps=1, batch_size=12))],
+        saes=SAES,
+        penalty_layers=(0,),
+    ).curve
+    pictured = [(e, s) for e, s in zip(pictures, range(12), strict=True) if e.image]
+    alone = train(
+        stages=[([e for e, _ in pictured], Stage(steps=1, batch_size=6))],
+        saes=SAES,
+        penalty_layers=(0,),
+    ).curve
+    # Text beside them changes nothing of it, but for the pictures' order.
+    assert whole.fvu[0] == pytest.approx(alone.fvu[0], rel=1e-3)
+
+
+def test_streamed_saes_are_not_held(tmp_path):
+    for layer, sae in SAES.items():
+        sae.save(tmp_path / f"layer_{layer}")
+    streamed = load_saes(tmp_path, residency="streamed")
+    frozen = Frozen(VISION, LANGUAGE, streamed, AdapterTraining())
+    assert frozen.saes is streamed
+    held = [sae.sae.W_enc.device.type for sae in outlines(frozen.saes).values()]
+    assert held == ["meta"] * LAYERS
+    stages = [(examples(12), Stage(steps=3, batch_size=4))]
+    one, other = (
+        train(stages=stages, saes=saes, sae_penalty=0.5) for saes in (SAES, streamed)
+    )
+    same_weights(one.adapter, other.adapter, 0)
+
+
 def test_a_loss_that_is_not_a_number_names_its_batch(tmp_path, monkeypatch):
-    from vlm_probe.training import session
+    from vlm_probe.training import step
 
     stages = [(examples(12), Stage(steps=6, batch_size=2))]
     straight = train(tmp_path / "straight", stages=stages)
-    seen, plain = [], session.loss
+    seen, plain = [], step.loss
 
     def sometimes(language, lessons, vectors, **more):
         found = plain(language, lessons, vectors, **more)
@@ -167,10 +250,12 @@ def test_a_loss_that_is_not_a_number_names_its_batch(tmp_path, monkeypatch):
             else found
         )
 
-    monkeypatch.setattr(session, "loss", sometimes)
+    monkeypatch.setattr(step, "loss", sometimes)
     with pytest.raises(NotFiniteError, match=r"step 4 of stage 1 .*: e\d+, e\d+\. Wh"):
         train(tmp_path / "run", stages=stages)
     assert not (tmp_path / "run" / "adapter.safetensors").exists()
+    partial = load_adapter(tmp_path / "run" / "adapter.partial.safetensors")
+    assert partial.manifest["partial"] == "stopped in stage 1 of 1, after step 3 of 6"
     # What was learned before is there, and goes on.
     resumed = train(tmp_path / "run", stages=stages, resume=True)
     same_weights(resumed.adapter, straight.adapter, 0)
@@ -180,7 +265,7 @@ def test_a_loss_that_is_not_a_number_names_its_batch(tmp_path, monkeypatch):
 def test_a_frozen_weight_that_changes_is_an_error(tmp_path):
     vision, language, _ = stack()
 
-    class Meddling(list):
+    class Meddling(Reading):
         def __getitem__(self, index):
             with torch.no_grad():
                 language.hooked.blocks[1].mlp.W_in[0, 0] += 1e-3
@@ -195,7 +280,21 @@ def test_a_frozen_weight_that_changes_is_an_error(tmp_path):
             calibration=6,
             progress=False,
         )
-    assert not (tmp_path / "adapter.safetensors").exists()
+    assert not list(tmp_path.glob("adapter*"))
+    # Nor is what was learned between changed weights gone on with.
+    vision, language, _ = stack()
+    resumed = train_adapter(
+        vision,
+        language,
+        [(examples(8), Stage(steps=2, batch_size=2))],
+        out=tmp_path,
+        resume=True,
+        calibration=6,
+        progress=False,
+    )
+    assert resumed.curve.step.tolist() == [1, 2]
+    alone = train(stages=[(examples(8), Stage(steps=2, batch_size=2))])
+    same_weights(resumed.adapter, alone.adapter, 0)
 
 
 def test_the_penalty_lowers_fvu():
@@ -262,7 +361,7 @@ def test_a_stream_is_taken_as_it_comes(tmp_path):
     stage = Stage(steps=8, batch_size=2)
     streamed = train(tmp_path / "a", stages=[(Stream(), stage)])
     assert streamed.curve.n_conversations.sum() == 16  # begun again after ten
-    with pytest.raises(ValueError, match="stage 1 ran out of examples after 10; give"):
+    with pytest.raises(RanOutError, match="stage 1 ran out of examples after 10; give"):
         train(stages=[(iter(examples(10)), stage)], calibration=1, whiten=False)
     with pytest.raises(ValueError, match="a stream, which has no length; say steps"):
         train(stages=[(Stream(), Stage())])
@@ -385,6 +484,7 @@ def test_stages_differ(tmp_path):
     trained = train(tmp_path)
     assert trained.curve.groupby("stage").step.max().to_dict() == {1: 12, 2: 6}
     assert STAGES[0][1].accumulate == 2
+    assert not (tmp_path / "adapter.partial.safetensors").exists()
     again = train(tmp_path, resume=True)  # there is nothing left to do
     same_weights(trained.adapter, again.adapter, 0)
     with pytest.raises(FileExistsError, match=r"there is a run in .* already; ask for"):

@@ -1,6 +1,7 @@
 """The rows of a dataset of Hugging Face's library `datasets` become examples.
 
-The library itself is not imported: a dataset is known by what it can do.
+The library itself is imported only to read a dataset from disk: one in memory is known
+by what it can do.
 """
 
 from __future__ import annotations
@@ -63,6 +64,31 @@ def read_dataset(source: Any, images: Path | None = None) -> Examples | ExampleS
     if hasattr(source, "__len__") and hasattr(source, "__getitem__"):
         return _Dataset(source, reader)
     return ExampleStream(source, reader)
+
+
+_SPLITS = "dataset_dict.json"
+_SAVED = ("dataset_info.json", "state.json")
+"""Files that `save_to_disk` writes, of several splits and of one."""
+
+
+def read_saved(folder: Path, images: Path | None = None) -> Examples | None:
+    """Examples of a dataset that was saved to disk; None if the folder is none.
+
+    Raises:
+        ValueError: There are several splits, or nothing is known of its columns.
+    """
+    if (folder / _SPLITS).is_file():
+        splits = sorted(f.name for f in folder.iterdir() if f.is_dir())
+        raise ValueError(
+            f"{folder} holds the splits {', '.join(map(repr, splits))} of a dataset; "
+            f"give the folder of one of them, such as {folder / splits[0]}"
+        )
+    if not all((folder / name).is_file() for name in _SAVED):
+        return None
+    import datasets
+
+    found = read_dataset(datasets.load_from_disk(folder), images)
+    return found if isinstance(found, Examples) else None
 
 
 class _Dataset(Examples):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import overload
 
 from vlm_probe.examples.conversations import Conversations
-from vlm_probe.examples.datasets import is_dataset, read_dataset
+from vlm_probe.examples.datasets import is_dataset, read_dataset, read_saved
 from vlm_probe.examples.folders import TABLES, read_folder
 from vlm_probe.examples.sequence import Examples, ExampleStream
 
@@ -43,7 +43,8 @@ def read_examples(
               picture.
             - a Hugging Face `datasets` dataset with a column `image`, and
               `conversations` (LLaVA's), `messages` (`role` and `content`), `prompt` or
-              `question` and `answer`, or `caption` or `text`; `id` if it is there.
+              `question` and `answer`, or `caption` or `text`; `id` if it is there; or
+              the folder of one that was saved by `save_to_disk`.
         images: The folder that image paths start from; the file's own if None.
 
     Returns:
@@ -59,7 +60,8 @@ def read_examples(
     if isinstance(source, str | Path):
         path = Path(source)
         if path.is_dir():
-            return read_folder(path, folder)
+            saved = read_saved(path, folder)
+            return read_folder(path, folder) if saved is None else saved
         if not path.exists():
             raise FileNotFoundError(
                 f"no examples at {path}: there is no such file or folder; expected a "

@@ -110,7 +110,7 @@ class Batches(Dataset):
         if stage.steps is not None:
             self.n_steps, self._end = stage.steps, stage.steps * step
         elif self.n_examples is None:
-            raise RanOutError(
+            raise ValueError(
                 f"the examples of stage {number} are a stream, which has no length; "
                 "say steps in place of epochs"
             )
@@ -223,11 +223,11 @@ class _Stream:
 
     def __init__(self, examples: Iterable[Example], number: int) -> None:
         self._source, self._number = examples, number
-        self._running: Iterator[Example] = iter(())
+        self._running: Iterator[object] = iter(())
         self._next = 0
-        self._last: tuple[int, Example] | None = None
+        self._last: tuple[int, object] | None = None
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> object:  # not known yet to be an Example
         if self._last is not None and self._last[0] == index:
             return self._last[1]
         if index < self._next:
@@ -249,7 +249,7 @@ class _Stream:
     def _begin_again(self, index: int) -> None:
         self._running = iter(self._source)
         if self._running is self._source:
-            raise ValueError(
+            raise RanOutError(
                 f"the examples of stage {self._number} can be read only once, and "
                 f"example {index} is asked for again; give an object that can be read "
                 "again, such as a list, or what read_examples gives"

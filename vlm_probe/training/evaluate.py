@@ -168,17 +168,19 @@ def evaluate_adapter(
         encode = lambda pictures: adapter(vision.encode(pictures))  # noqa: E731
         donors = _Donors(encode, read(_numbered(given, backwards=True), []))
         pairs = read(_numbered(given), failures)
+        if donors.n_seen < 2:
+            n_usable = len(list(pairs))
+            raise ValueError(
+                f"{n_usable} of {len(given)} examples can be used, expected at least "
+                f"two; {failures[0]['id']!r}: {failures[0]['error']}"
+                if failures
+                else f"{len(given)} examples given, expected at least two"
+            )
         while batch := list(itertools.islice(pairs, batch_size)):
             vectors = encode([picture for _, picture in batch])
             keys = [_key(picture) for _, picture in batch]
             arms = vectors, donors.others(keys, vectors), None
             rows += _asked(language, [e for e, _ in batch], arms, adapter.inject_layer)
-    if len(rows) < 2:
-        first = f"; the first, {failures[0]['id']!r}: {failures[0]['error']}"
-        raise ValueError(
-            f"{len(rows)} of {len(given)} examples can be used, expected at least two"
-            + (first if failures else "")
-        )
     found = AdapterEvaluation(
         pd.DataFrame(rows), pd.DataFrame(failures, columns=["id", "error"])
     )
@@ -200,13 +202,16 @@ class _Donors:
     ) -> None:
         """Begins with the last two pictures, which stand before the first."""
         self._latest: list[tuple[bytes, Tensor]] = []
+        self.n_seen = 0
+        """Pictures that were looked at."""
         for _, picture in backwards:
+            self.n_seen += 1
             key = _key(picture)
             if all(key != known for known, _ in self._latest):
                 self._latest.insert(0, (key, encode([picture])[0]))
             if len(self._latest) == 2:
                 return
-        if self._latest:
+        if self.n_seen > 1:
             raise ValueError(
                 "all examples that can be used show the same picture; give others, for "
                 "what is asked is whether the adapter tells pictures apart"

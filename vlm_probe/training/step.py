@@ -125,10 +125,10 @@ class Step:
             total = found.cross_entropy / weight
             if found.fvu is not None:
                 total = total + self._settings.sae_penalty * found.fvu / n_pictures
-                sums[1] += float(found.fvu)
+                sums[1] += float(found.fvu.detach())
             if total.requires_grad:
                 total.backward()
-            sums[0] += float(found.cross_entropy)
+            sums[0] += float(found.cross_entropy.detach())
         cross_entropy, fvu = self.of_all(sums).tolist()
         n_tokens, n_conversations, n_failures = map(int, numbers)
         return Sums(
