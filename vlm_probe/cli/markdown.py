@@ -1,0 +1,29 @@
+"""Tables as Markdown, for documents that a command makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+
+def table(rows: pd.DataFrame) -> str:
+    """A table in Markdown; numbers with three digits after the point."""
+    lines = [list(rows.columns), ["---"] * len(rows.columns), *rows.to_numpy()]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
+
+
+def between(value: float, low: float, high: float) -> str:
+    """A number with its bounds; nothing where it is missing."""
+    return "" if pd.isna(value) else f"{value:.3g} ({low:.3g}-{high:.3g})"
+
+
+def write(parts: list[str], out: Path) -> None:
+    """Writes a document of some paragraphs and tables, and prints it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n\n".join(parts) + "\n")
+    print(out.read_text())
+
+
+def _cell(value: object) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
