@@ -9,13 +9,12 @@ import pandas as pd
 
 def table(rows: pd.DataFrame) -> str:
     """A table in Markdown; numbers with three digits after the point."""
-    lines = [list(rows.columns), ["---"] * len(rows.columns), *rows.to_numpy()]
+    lines = [
+        list(rows.columns),
+        ["---"] * len(rows.columns),
+        *rows.astype(object).to_numpy(),
+    ]
     return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines)
-
-
-def between(value: float, low: float, high: float) -> str:
-    """A number with its bounds; nothing where it is missing."""
-    return "" if pd.isna(value) else f"{value:.3g} ({low:.3g}-{high:.3g})"
 
 
 def write(parts: list[str], out: Path) -> None:

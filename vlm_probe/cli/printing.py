@@ -128,10 +128,10 @@ def shared_table(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def between(value: float, low: float, high: float) -> str:
-    """A share with its bounds; nothing where it is missing."""
+    """A number with its bounds; nothing where it is missing."""
     import pandas as pd
 
     if pd.isna(value):
         return ""
-    bounds = "" if pd.isna(low) else f" ({low:.2f}-{high:.2f})"
-    return f"{value:.2f}{bounds}"
+    bounds = "" if pd.isna(low) else f" ({low:.3g}-{high:.3g})"
+    return f"{value:.3g}{bounds}"

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlm_probe.cli.app import app
+from vlm_probe.cli.toy_places import places_of_colors
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
 
-    from vlm_probe.model import VisionLanguageModel
+    from vlm_probe.analysis.match import MatchResult
     from vlm_probe.result import ProbeResult
     from vlm_probe.toy.examples import ToyExample
     from vlm_probe.toy.labels import LayerLabels
@@ -56,15 +56,22 @@ def toy_meaning(
     for by in ("activation", "selectivity"):
         parts += [f"## Top {K} by {by}: does the label describe the picture?"]
         found = _matched(result, examples, labels, by)
-        for group, rows in found.groupby("group", sort=False):
+        rates = _rate_table(found.rates)
+        for group, rows in rates.groupby("group", sort=False):
             parts += [f"### {group}", markdown.table(rows.drop(columns="group"))]
+        parts += ["### What the labels of image tokens are about", _ABOUT]
+        parts += [markdown.table(_kind_table(found))]
     parts += ["## Where features of colors fire", _PLACES]
-    parts += list(map(markdown.table, _places(model, examples, labels)))
+    parts += list(map(markdown.table, places_of_colors(model, examples, labels)))
     parts += ["## Features that a picture shares with its caption", _SHARED]
     parts += [markdown.table(_shared(result))]
     markdown.write(parts, out)
 
 
+_ABOUT = (
+    "All layers together. `true of` is the share of all pictures that these labels are "
+    "true of."
+)
 _PLACES = (
     "Of each color the feature with the highest score among those labeled with it, "
     "chosen on texts alone. First, one object of each picture whose color has a "
@@ -102,22 +109,27 @@ def _matched(
     examples: Sequence[ToyExample],
     labels: dict[int, LayerLabels],
     by: str,
-) -> pd.DataFrame:
-    """A row for each group and layer."""
+) -> MatchResult:
+    """Whether the labels of top features are true of the pictures."""
     import warnings
-
-    import pandas as pd
 
     from vlm_probe.analysis.descriptions import DescriptionTable
     from vlm_probe.analysis.judges import TruthJudge
-    from vlm_probe.cli.markdown import between
     from vlm_probe.toy.truth import describes
 
     told = DescriptionTable({n: of.concepts() for n, of in labels.items()})
     with warnings.catch_warnings():
         # Some pictures have fewer features left; the table says of how many it is.
         warnings.simplefilter("ignore", UserWarning)
-        rates = result.match(examples, told, TruthJudge(describes), by=by, k=K).rates
+        return result.match(examples, told, TruthJudge(describes), by=by, k=K)
+
+
+def _rate_table(rates: pd.DataFrame) -> pd.DataFrame:
+    """A row for each group and layer."""
+    import pandas as pd
+
+    from vlm_probe.cli.printing import between
+
     order = {group: place for place, group in enumerate(dict.fromkeys(rates["group"]))}
     rates = rates.sort_values(["group", "layer"], key=lambda c: c.replace(order))
     found = rates[["group", "layer"]].copy()
@@ -136,103 +148,31 @@ def _matched(
     return found
 
 
-def _places(
-    model: VisionLanguageModel,
-    examples: Sequence[ToyExample],
-    labels: dict[int, LayerLabels],
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """One object of each picture; and each color."""
-    from dataclasses import replace
-
-    import numpy as np
+def _kind_table(found: MatchResult) -> pd.DataFrame:
+    """A row for each kind of concept, of image tokens."""
     import pandas as pd
 
-    from vlm_probe.analysis.localization import localize
-    from vlm_probe.analysis.places import patch_maps
-    from vlm_probe.cli.markdown import between
-    from vlm_probe.toy.world import COLORS
+    from vlm_probe.toy.truth import KINDS_OF_CONCEPTS
 
-    best = {layer: _of_colors(of) for layer, of in labels.items()}
-    wanted = {n: list(of.values()) for n, of in best.items() if of}
-    maps = patch_maps(model, examples, wanted)
-    objects, colors = [], []
-    for layer, of in best.items():
-        row: dict[str, object] = {"layer": layer}
-        for color in COLORS:
-            row[color] = ""
-            if color in of:
-                masks = [_mask(example, color) for example in examples]
-                fit = localize(maps, masks, layer=layer, feature=of[color]).iloc[0]
-                row[color] = between(fit.auroc, fit.auroc_low, fit.auroc_high)
-        colors.append(row)
-        # The first object, in the order of the scene, whose color has a feature.
-        chosen = [
-            next((t.color for t in example.scene.things if t.color in of), None)
-            for example in examples
-            if example.scene is not None
-        ]
-        there = [n for n, color in enumerate(chosen) if color is not None]
-        if not there:
-            objects.append({"layer": layer, "colors": 0, "pictures": 0})
-            continue
-        one = replace(
-            maps,
-            values={
-                layer: np.stack(
-                    [maps.of(layer, of[str(chosen[n])])[n][None] for n in there]
-                )
-            },
-            features={layer: (0,)},
-            ids=tuple(maps.ids[n] for n in there),
-            sizes=tuple(maps.sizes[n] for n in there),
-            boxes=maps.boxes[there],
-        )
-        masks = [_mask(examples[n], str(chosen[n])) for n in there]
-        fit = localize(one, masks).iloc[0]
-        objects.append(
-            {
-                "layer": layer,
-                "colors": len(of),
-                "pictures": len(there),
-                "silent": int(fit.n_silent),
-                "AUROC": between(
-                    fit.image_auroc, fit.image_auroc_low, fit.image_auroc_high
-                ),
-                "strongest patch": between(
-                    fit.pointing, fit.pointing_low, fit.pointing_high
-                ),
-                "chance": between(fit.chance, np.nan, np.nan),
-            }
-        )
-    return pd.DataFrame(objects).fillna(""), pd.DataFrame(colors)
-
-
-def _of_colors(of: LayerLabels) -> dict[str, int]:
-    """The feature that is most surely each color's, as far as there is one."""
-    from vlm_probe.toy.world import COLORS
-
-    found: dict[str, int] = {}
-    for feature, label in of.labels.items():
-        held = found.get(label.concept)
-        if label.concept in COLORS and (
-            held is None or label.score > of.labels[held].score
-        ):
-            found[label.concept] = feature
-    return found
-
-
-def _mask(example: ToyExample, color: str) -> np.ndarray:
-    """The pixels of the picture that show the color."""
-    import numpy as np
-
-    if example.scene is None or example.masks is None:
-        raise ValueError(f"example {example.id!r} does not know its scene")
-    shown = [thing.color == color for thing in example.scene.things]
-    return np.any(example.masks[np.array(shown, bool)], axis=0)
+    kinds = {word: kind for kind, of in KINDS_OF_CONCEPTS.items() for word in of}
+    rows = found.judgements.dropna(subset="description")
+    rows = rows[rows["group"] == "image"]
+    everywhere = found.answers.groupby("description")["verdict"].mean()
+    rows = pd.DataFrame(
+        {
+            "about": rows["description"].map(kinds),
+            "rate": rows["verdict"].astype(float),
+            "true of": rows["description"].map(everywhere).astype(float),
+        }
+    )
+    grouped = rows.groupby("about", sort=False)
+    means = grouped.mean().assign(labeled=grouped.size())
+    means = means.reindex([kind for kind in KINDS_OF_CONCEPTS if kind in means.index])
+    return means[["labeled", "rate", "true of"]].reset_index()
 
 
 def _shared(result: ProbeResult) -> pd.DataFrame:
-    from vlm_probe.cli.markdown import between
+    from vlm_probe.cli.printing import between
 
     shared = result.shared_features()
     found = shared[["layer"]].copy()

@@ -107,11 +107,11 @@ _METRICS = {
 
 def _by_layer(measured: pd.DataFrame, metric: str) -> pd.DataFrame:
     """A row per layer, a column per adapter; empty where there are no image tokens."""
-    from vlm_probe.cli import markdown
+    from vlm_probe.cli.printing import between
 
     shown = measured.assign(
         shown=[
-            markdown.between(*bounded)
+            between(*bounded)
             for bounded in measured[
                 [metric, f"{metric}_low", f"{metric}_high"]
             ].itertuples(index=False)

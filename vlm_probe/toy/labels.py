@@ -42,11 +42,12 @@ from vlm_probe.toy.truth import CONCEPTS, READINGS, at_tokens
 from vlm_probe.toy.world import draw_scene
 
 DOCUMENTS = 500
-BATCH = 50
+BATCH = 16
 BOUND = 0.5
 """The least score, on the texts that it is chosen on, that makes a label."""
-LEAST = 20
-"""Tokens there that a feature must fire at to be labeled."""
+LEAST = 50
+"""Tokens there that a feature must fire at to be labeled: with fewer, chance alone has
+one of the many concepts score that much."""
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,13 @@ def measure_labels(
     Returns:
         Labels by layer.
     """
-    sums = _summed(language, saes, documents, seed)
+    sums = add_up(language, saes, documents, seed)
     return {
         layer: LayerLabels(
             sae=digest(sae.sae),
             width=sae.n_features,
             n_fired=int((sums[layer].fired[0] >= LEAST).sum()),
-            labels=_chosen(sums[layer], bound),
+            labels=choose(sums[layer], bound),
         )
         for layer, sae in saes.items()
     }
@@ -170,7 +171,7 @@ class Sums:
         return np.divide(above, 1 - p, np.full_like(above, -1.0), where=told)
 
 
-def _summed(
+def add_up(
     language: LanguageModel, saes: Mapping[int, LayerSae], documents: int, seed: int
 ) -> dict[int, Sums]:
     """Reads the texts; every other one is of the half to choose on.
@@ -224,7 +225,7 @@ def _read(
     return Prompt((bos, *ids), range(0), language.chat.special), truth
 
 
-def _chosen(sums: Sums, bound: float) -> dict[int, Label]:
+def choose(sums: Sums, bound: float) -> dict[int, Label]:
     """The best concept of each feature, by the half to choose on."""
     choosing, measuring = sums.scores(0), sums.scores(1)
     labels = {}

@@ -25,12 +25,20 @@ from vlm_probe.toy.world import (
 RELATIONS = ("above", "below")
 """True of a picture with one object higher than another. Left and right are of columns,
 which pictures of one object have as well."""
-OF_THINGS = (*COLORS, *SHAPES, *SIZES, *ROWS, *COLUMNS)
-"""Concepts that are true of an object."""
-OF_SCENES = (*BACKGROUNDS, *NUMBERS)
-"""Concepts that are true of all that is said of a scene."""
-CONCEPTS = (*OF_THINGS, *OF_SCENES, *RELATIONS)
+KINDS_OF_CONCEPTS = {
+    "color": tuple(COLORS),
+    "shape": SHAPES,
+    "size": tuple(SIZES),
+    "row": ROWS,
+    "column": COLUMNS,
+    "background": BACKGROUNDS,
+    "count": NUMBERS,
+    "relation": RELATIONS,
+}
 """All words of the world that can be true of a picture."""
+CONCEPTS = tuple(word for words in KINDS_OF_CONCEPTS.values() for word in words)
+OF_SCENES = {*BACKGROUNDS, *NUMBERS, *RELATIONS}
+"""Those that are true of a scene; the others are true of an object."""
 READINGS = ("word", "context")
 """Where a concept is there in a text: where its word stands, or at every token that is
 about an object, or a scene, that it is true of."""
@@ -60,8 +68,7 @@ def describes(example: Example, description: str) -> bool | None:
     if not words or not set(words) <= set(CONCEPTS):
         return None
     scene = example.scene
-    of_thing = {word for word in words if word in OF_THINGS}
-    of_scene = set(words) - of_thing
+    of_thing, of_scene = set(words) - OF_SCENES, set(words) & OF_SCENES
     return of_scene <= _true_of_scene(scene) and any(
         of_thing <= set(words_of(thing)) for thing in scene.things
     )
@@ -114,6 +121,8 @@ def talked_about(words: Sequence[str], scene: Scene) -> list[Thing | None]:
     is about the next one named in its sentence, or the last if none comes any more; a
     question is one sentence with its answer. So the words before an object's name are
     about it already: a language model that has read of it knows which name comes.
+    Where an object's words end with its size, as some tags do, that one is taken for
+    the next object's.
     """
     named = _named(words, scene)
     found: list[Thing | None] = list(named)
