@@ -194,7 +194,7 @@ def test_shipped_labels_are_what_is_measured(toy):
     """On other texts they score what they are said to."""
     shipped = toy_labels()
     assert set(shipped) == set(toy.saes)
-    sums = add_up(toy.language, {0: toy.saes[0]}, 64, 1)[0]
+    sums = add_up(toy.language, {0: toy.saes[0]}, 48, 1)[0]
     scores = sums.scores(0)
     stated, found = [], []
     for feature, label in shipped[0].labels.items():
