@@ -76,7 +76,7 @@ def places_of_colors(
                 "layer": layer,
                 "colors": len(of),
                 "pictures": len(there),
-                "silent": str(fit.n_silent),
+                "silent": str(int(fit.n_silent)),
                 "AUROC": between(
                     fit.image_auroc, fit.image_auroc_low, fit.image_auroc_high
                 ),
