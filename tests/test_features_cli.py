@@ -27,8 +27,8 @@ from vlm_probe.toy.truth import describes
 def result(toy, examples):
     return probe_layers(
         toy,
-        examples,
-        layers=[0, 5],
+        examples[:8],
+        layers=[0, 2],
         top_k=16,
         replicates=0,
         progress=False,
@@ -68,24 +68,24 @@ def test_a_run_says_which_saes_it_had(result):
         "model_name": "toy",
         "neuronpedia_id": None,
     }
-    assert result.meta["saes"] == {"0": told, "5": told}
+    assert result.meta["saes"] == {"0": told, "2": told}
 
 
 def test_features_are_printed_with_places_and_labels(
     monkeypatch, saved, result, tmp_path, capsys
 ):
     out = tmp_path / "out" / "features.csv"
-    words = ["features", saved, "--layer", 5, "--image", "toy-0-3", "--out", out]
+    words = ["features", saved, "--layer", 2, "--image", "toy-0-3", "--out", out]
     run(monkeypatch, *words)
     printed = capsys.readouterr().out
     table = pd.read_csv(out)
-    assert set(table["layer"]) == {5}
+    assert set(table["layer"]) == {2}
     assert set(table["id"]) == {"toy-0-3"}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        chosen = result.best_features(layer=5, image="toy-0-3")
+        chosen = result.best_features(layer=2, image="toy-0-3")
     assert table["feature"].tolist() == chosen["feature"].tolist()
-    labels = toy_labels()[5].concepts()
+    labels = toy_labels()[2].concepts()
     for row in table.itertuples():
         said = labels.get(row.feature)
         assert row.description == said if said else pd.isna(row.description)
@@ -142,16 +142,16 @@ def test_match_is_what_the_functions_say(
     monkeypatch, saved, result, examples, tmp_path, capsys
 ):
     out = tmp_path / "matched"
-    run(monkeypatch, "match", saved, "--layer", 5, "--out", out)
+    run(monkeypatch, "match", saved, "--layer", 2, "--out", out)
     said = capsys.readouterr()
     found = MatchResult.load(out)
     told = DescriptionTable({n: of.concepts() for n, of in toy_labels().items()})
     judge = TruthJudge(describes, name="the toy world's truth")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        chosen = result.best_features(layer=5)
-        again = result.match(examples, told, judge, layer=5)
-    plain = match_rate(chosen, told, judge, examples)
+        chosen = result.best_features(layer=2)
+        again = result.match(examples[:8], told, judge, layer=2)
+    plain = match_rate(chosen, told, judge, examples[:8])
     pd.testing.assert_frame_equal(found.rates, plain.rates)
     pd.testing.assert_frame_equal(found.rates, again.rates)
     row = found.rates[found.rates.group == "image"].iloc[0]
@@ -191,13 +191,13 @@ def test_runs_of_other_models_and_older_runs(monkeypatch, saved, tmp_path, capsy
         monkeypatch, "features", saved, "--descriptions", "neuronpedia"
     )
     # A table can be read without.
-    (tmp_path / "t.csv").write_text("layer,feature,description\n5,1,a cat\n")
+    (tmp_path / "t.csv").write_text("layer,feature,description\n2,1,a cat\n")
     run(monkeypatch, "features", saved, "--descriptions", tmp_path / "t.csv")
     assert "described by: t.csv" in capsys.readouterr().out
     parts = json.loads((saved / "meta.json").read_text())["parts"]
-    parts["sae of layer 5"]["sha256"] = "0" * 64
+    parts["sae of layer 2"]["sha256"] = "0" * 64
     older(saved, parts=parts)
-    run(monkeypatch, "features", saved, "--layer", 5)
+    run(monkeypatch, "features", saved, "--layer", 2)
     assert "described by" not in capsys.readouterr().out
     assert "the model of" in refused(monkeypatch, "match", saved)
     words = "this run is not of the embedded toy model as it is now"
@@ -223,7 +223,7 @@ def test_a_judge_gets_what_it_needs(monkeypatch, saved, words, said):
 def test_what_asking_takes_is_said_without_asking(monkeypatch, saved, capsys):
     words = ["--judge", "endpoint", "--judge-model", "eyes"]
     words += ["--base-url", "http://127.0.0.1:9/v1", "--price", "1.0", "4.0"]
-    run(monkeypatch, "match", saved, *words, "--layer", 5, "--dry-run")
+    run(monkeypatch, "match", saved, *words, "--layer", 2, "--dry-run")
     printed = capsys.readouterr().out
     assert "requests with" in printed
     assert "cost: about 0.0" in printed
@@ -256,7 +256,7 @@ def test_vectors_that_are_not_there_yet_are_no_reference(examples):
     def probed(model):
         return probe_layers(
             model,
-            examples[:3],
+            examples[:2],
             groups=["image", "text_only"],
             rank_by=["selectivity"],
             replicates=0,
@@ -274,7 +274,7 @@ def test_vectors_that_are_not_there_yet_are_no_reference(examples):
     assert (early > 0).any()
     whole = first[first.layer == 0].reference_rate * n_text
     assert (whole - whole.round()).abs().max() > 1e-3
-    assert result.meta["reference"]["image_tokens"] == 3 * 16
+    assert result.meta["reference"]["image_tokens"] == 2 * 16
 
 
 def test_maps_are_of_vectors_where_they_enter(examples):
