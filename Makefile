@@ -5,8 +5,8 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint check bench notebooks toy adapter variants figures \
-  browser clean
+.PHONY: help install demo test lint check bench notebooks toy adapter variants meaning \
+  figures browser clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*## ' Makefile | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
@@ -56,6 +56,9 @@ adapter: install  ## train the toy's adapter again between its frozen parts, a q
 
 variants: install  ## train and compare other adapters, an hour; docs/adapter_variants.md
 	$(BIN)/vlm-probe toy-variants
+
+meaning: install  ## what the toy's features say, a minute; docs/toy_features.md
+	$(BIN)/vlm-probe toy-meaning
 
 figures: install  ## draw the README's figure again; needs a Chrome or Chromium
 	$(BIN)/vlm-probe demo --figure docs/toy_curves.png

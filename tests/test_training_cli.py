@@ -4,9 +4,9 @@ import pandas as pd
 import pytest
 
 from vlm_probe.adapter import load_adapter
-from vlm_probe.cli import main
+from vlm_probe.cli import main, markdown
 from vlm_probe.cli.training import CAPTIONS, INSTRUCTIONS
-from vlm_probe.cli.variants import by_layer, markdown
+from vlm_probe.cli.variants import by_layer
 from vlm_probe.training.settings import PAPER
 
 
@@ -97,6 +97,6 @@ def test_variants_stand_beside_each_other_by_layer():
     assert found["enters at layer 3"].tolist() == ["", "0.3 (0.2-0.4)"]
     assert found["MLP"].tolist() == ["", ""]
     assert found["text"].tolist() == ["0.125 (0.1-0.15)", "0.25 (0.2-0.3)"]
-    assert markdown(pd.DataFrame({"a": ["x"], "b": [0.25]})) == (
+    assert markdown.table(pd.DataFrame({"a": ["x"], "b": [0.25]})) == (
         "| a | b |\n| --- | --- |\n| x | 0.250 |"
     )

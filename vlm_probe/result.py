@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,11 @@ from vlm_probe.tokens import CONDITIONS, GROUPS, METRICS, check_names
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
+
+    from vlm_probe.analysis.judges import Judge
+    from vlm_probe.analysis.match import MatchResult
+    from vlm_probe.analysis.pairing import Describes
+    from vlm_probe.analysis.selection import Frequency
 
 TABLES = ("layers", "features", "top_features", "failures")
 
@@ -138,6 +143,39 @@ class ProbeResult:
             condition=condition,
             **changes,
         )
+
+    def match(
+        self,
+        examples: Iterable,
+        descriptions: Describes,
+        judge: Judge,
+        *,
+        by: str = "activation",
+        k: int = 3,
+        layer: int | None = None,
+        group: str | None = None,
+        condition: str = "model",
+        frequency: Frequency | None = None,
+        density: Mapping[int, Mapping[int, float]] | None = None,
+        **options: object,
+    ) -> MatchResult:
+        """How often the best features' descriptions describe their pictures.
+
+        The features are those of `best_features`, which the first options choose; see
+        `vlm_probe.analysis.match.match_rate`, where all others are, and chance levels.
+        """
+        from vlm_probe.analysis.match import match_rate
+
+        chosen = self.best_features(
+            by=by,
+            k=k,
+            layer=layer,
+            group=group,
+            condition=condition,
+            frequency=frequency,
+            density=density,
+        )
+        return match_rate(chosen, descriptions, judge, examples, k=k, **options)
 
     def shared_features(self, **options: object) -> pd.DataFrame:
         """How much an image's features are its caption's, layer by layer.

@@ -101,7 +101,12 @@ def patch_maps(
             found[layer].append(dense.reshape(shape).swapaxes(0, 1))
 
         model.language.read(
-            prompts, vectors, [*asked], visit, hook_point=model.hook_point
+            prompts,
+            vectors,
+            [*asked],
+            visit,
+            hook_point=model.hook_point,
+            inject_layer=model.adapter.inject_layer,
         )
     if not ids:
         raise ValueError("no pictures given; expected at least one")
@@ -131,7 +136,13 @@ def _asked(
     found = {n: tuple(dict.fromkeys(map(int, features[n]))) for n in sorted(features)}
     if not any(found.values()):
         raise ValueError("no feature asked for; give some, by layer: {5: [17, 203]}")
+    first = model.adapter.inject_layer
     for layer, chosen in found.items():
+        if layer < first:
+            raise ValueError(
+                f"layer {layer} comes before block {first}, where the adapter's "
+                "vectors enter: nothing of a picture is there; ask for later ones"
+            )
         width = model.saes[layer].n_features
         if unknown := [f for f in chosen if not 0 <= f < width]:
             raise ValueError(

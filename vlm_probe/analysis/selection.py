@@ -23,8 +23,8 @@ from vlm_probe.tokens import CONDITIONS, GROUPS, RANKINGS, check_names
 REFERENCES = ("run", "measured")
 
 _LIMITS = {
-    # Features of more than 10 % of tokens are those that the literature calls dense or
-    # high-frequency (Rajamanoharan et al. 2024, arXiv 2407.14435).
+    # More than 10 % of tokens is where Rajamanoharan et al. 2024 (arXiv 2407.14435, in
+    # their comparison of SAEs by how often features fire) draw the same line.
     "pooled": {"max_rate": 0.1, "max_image_rate": 1.0, "max_density": 1.0},
     "paper": {"max_rate": 1.0, "max_image_rate": 0.05, "max_density": 0.005},
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from vlm_probe.cli import probing, toy, training, variants  # noqa: F401 -- commands
+from vlm_probe.cli import meaning, probing, toy, toy_meaning, training, variants  # noqa: F401 -- commands
 from vlm_probe.cli.app import INTERRUPTED, app
 
 

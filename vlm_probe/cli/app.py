@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,3 +35,13 @@ def load_model(model: str | None, parts: Parts) -> VisionLanguageModel:
     from vlm_probe.model import load
 
     return load(model, **given(parts))
+
+
+def examples_of(files: Sequence[Path]) -> Iterable:
+    """Pictures, or the examples of one conversation file or folder with captions."""
+    from vlm_probe.examples import read_examples
+
+    told = len(files) == 1 and (
+        files[0].suffix in (".json", ".jsonl") or files[0].is_dir()
+    )
+    return read_examples(files[0]) if told else list(files)

@@ -6,7 +6,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from vlm_probe.cli.app import INTERRUPTED, Files, Model, Settings, app, load_model
+from vlm_probe.cli.app import (
+    INTERRUPTED,
+    Files,
+    Model,
+    Settings,
+    app,
+    examples_of,
+    load_model,
+)
 from vlm_probe.settings import Parts, ProbeSettings
 from vlm_probe.tokens import CONTROLS
 
@@ -43,18 +51,13 @@ def probe(
         on_error: What is done about a picture that cannot be used: record lists it and
             goes on, raise stops.
     """
-    from vlm_probe.examples import read_examples
     from vlm_probe.probe import probe_layers
     from vlm_probe.probe.shards import joined
 
-    told = len(images) == 1 and (
-        images[0].suffix in (".json", ".jsonl") or images[0].is_dir()
-    )
-    examples = read_examples(images[0]) if told else list(images)
     with joined() as shard:
         result = probe_layers(
             load_model(model, parts),
-            examples,
+            examples_of(images),
             settings,
             checkpoint=checkpoint,
             checkpoint_every=checkpoint_every,

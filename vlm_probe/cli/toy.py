@@ -37,14 +37,14 @@ def toy_examples(
 @app.command
 def toy(
     *,
-    stages: tuple[str, ...] = ("language", "vision", "saes", "adapter"),
+    stages: tuple[str, ...] = ("language", "vision", "saes", "labels", "adapter"),
     out: Path = Path("data/toy"),
     seed: int = 0,
 ) -> None:
     """Train the toy model again, and print what each part reaches on held-out data.
 
     Args:
-        stages: Which parts, in this order: language, vision, saes, adapter.
+        stages: Which parts, in this order: language, vision, saes, labels, adapter.
         out: The toy's folder.
         seed: Of everything random.
     """

@@ -45,6 +45,7 @@ def toy_variants(
     """
     import pandas as pd
 
+    from vlm_probe.cli import markdown
     from vlm_probe.examples import data_folder
     from vlm_probe.model import VisionLanguageModel
     from vlm_probe.probe import probe_layers
@@ -90,13 +91,11 @@ def toy_variants(
         f"pictures each, seed {seed}, one change from the first. Answers and captions "
         f"of {8 * n} held-out pictures; layers of {n}.",
         "## What the language model makes of them",
-        markdown(pd.DataFrame(reached)),
+        markdown.table(pd.DataFrame(reached)),
     ]
     for metric, title in _METRICS.items():
-        words += [f"## {title}", markdown(by_layer(measured, metric))]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n\n".join(words) + "\n")
-    print(out.read_text())
+        words += [f"## {title}", markdown.table(by_layer(measured, metric))]
+    markdown.write(words, out)
 
 
 _METRICS = {
@@ -108,10 +107,12 @@ _METRICS = {
 
 def by_layer(measured: pd.DataFrame, metric: str) -> pd.DataFrame:
     """A row per layer, a column per adapter; empty where there are no image tokens."""
+    from vlm_probe.cli.printing import between
+
     shown = measured.assign(
         shown=[
-            f"{value:.3g} ({low:.3g}-{high:.3g})"
-            for value, low, high in measured[
+            between(*bounded)
+            for bounded in measured[
                 [metric, f"{metric}_low", f"{metric}_high"]
             ].itertuples(index=False)
         ]
@@ -122,13 +123,3 @@ def by_layer(measured: pd.DataFrame, metric: str) -> pd.DataFrame:
     wide = wide.reindex(columns=list(VARIANTS), index=sorted(set(text.layer)))
     wide["text"] = text.set_index("layer").shown
     return wide.astype("str").where(wide.notna(), "").reset_index()
-
-
-def markdown(table: pd.DataFrame) -> str:
-    """The table in Markdown."""
-    rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy()]
-    return "\n".join(f"| {' | '.join(map(_cell, row))} |" for row in rows)
-
-
-def _cell(value: object) -> str:
-    return f"{value:.3f}" if isinstance(value, float) else str(value)

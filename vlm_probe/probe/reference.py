@@ -73,7 +73,10 @@ class Reference:
     """How many there were."""
 
     def about(self) -> dict[str, int]:
-        """What it was measured on, for `meta`: the same for every layer that has it."""
+        """What it was measured on, for `meta`: the same for every layer that has it.
+
+        Layers before the one where image vectors enter have none of pictures.
+        """
         most = [
             max(f.seen[half].item() for f in self.layers.values()) for half in (0, 1)
         ]
@@ -224,7 +227,11 @@ class _Counting:
         language = self._model.language
         row, position = torch.tensor(places, device=language.device).T
 
+        first = self._model.adapter.inject_layer
+
         def visit(layer: int, residual: Float[Tensor, "row pos d_model"]) -> None:
+            if group == "image" and layer < first:
+                return  # nothing of the picture stands there yet
             sae = self._model.saes[layer]
             codes, _ = sae.code(residual[row, position], encoding=self._encoding)
             if layer not in self._counts:
@@ -234,8 +241,14 @@ class _Counting:
             self._counts[layer][half] += fired.cpu()
             self._seen[layer][half] += codes.n_tokens
 
-        point = self._model.hook_point
-        language.read(prompts, vectors, self._layers, visit, hook_point=point)
+        language.read(
+            prompts,
+            vectors,
+            self._layers,
+            visit,
+            hook_point=self._model.hook_point,
+            inject_layer=first,
+        )
 
     def fired(self) -> dict[int, Fired]:
         return {n: Fired(counts, self._seen[n]) for n, counts in self._counts.items()}

@@ -178,6 +178,11 @@ class Run:
             "encoding": self.encoding,
             "layers": self.layers,
             "hook_point": self.model.hook_point,
+            "saes": {
+                str(layer): {name: getattr(sae, name) for name in _OF_SAE}
+                for layer, sae in outlines(self.model.saes).items()
+                if layer in self.layers
+            },
             "inject_layer": self.model.adapter.inject_layer,
             "n_layers": self.model.language.n_layers,
             "patch_grid": list(vision.grid),
@@ -318,5 +323,7 @@ class Run:
         )
 
 
+_OF_SAE = ("hook_point", "n_features", "model_name", "neuronpedia_id")
+"""What descriptions of an SAE's features must agree with."""
 _COUNTS = ("n_seen", "n_close", "next", "order", "calibrated", "complete")
 """What else of a run is kept, JSON only."""

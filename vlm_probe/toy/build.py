@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 
 from vlm_probe.language import LanguageModel
-from vlm_probe.toy import language, saes, vision
+from vlm_probe.saes import load_saes
+from vlm_probe.toy import labels, language, saes, vision
 from vlm_probe.toy.texts import DESCRIBE, caption
 from vlm_probe.toy.world import draw_scene
 
-FROZEN = ("language", "vision", "saes")
+FROZEN = ("language", "vision", "saes", "labels")
 """The stages, in an order in which each finds what it needs."""
 
 
@@ -20,7 +21,8 @@ def build_frozen(stage: str, folder: Path, *, seed: int = 0) -> dict:
     """Trains one frozen part from scratch.
 
     Args:
-        stage: One of `FROZEN`; "saes" needs the language model in the folder.
+        stage: One of `FROZEN`; "saes" needs the language model in the folder,
+            "labels" both.
         folder: The toy's folder.
         seed: Of everything random.
 
@@ -35,7 +37,26 @@ def build_frozen(stage: str, folder: Path, *, seed: int = 0) -> dict:
         frozen = LanguageModel.load(folder / "language")
         figures = saes.build(folder / "saes", frozen, seed=seed)
         return {f"layer {layer}": found for layer, found in figures.items()}
+    if stage == "labels":
+        return _label(folder)
     raise ValueError(f"unknown stage {stage!r}; valid: {', '.join(FROZEN)}")
+
+
+def _label(folder: Path) -> dict:
+    """Writes the labels, and says how many there are and what they are worth."""
+    frozen = LanguageModel.load(folder / "language")
+    found = labels.measure_labels(frozen, load_saes(folder / "saes"))
+    labels.write_labels(found, folder / labels.LABELS)
+    figures = {}
+    for layer, of in found.items():
+        told = list(of.labels.values())
+        figures[f"layer {layer}"] = {
+            "fired": of.n_fired,
+            "labeled": len(told),
+            "by context": sum(label.reading == "context" for label in told),
+            "score": round(sum(label.score for label in told) / len(told), 3),
+        }
+    return figures
 
 
 def write_description(folder: Path) -> None:

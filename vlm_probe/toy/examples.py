@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,13 +40,40 @@ def toy_examples(
         seed: Another seed gives other pictures; none was ever trained on.
         kinds: The kinds of question to ask in turn.
     """
+    check_names("kind of question", kinds, KINDS)
+    return [_held_out(seed, i, kinds[i % len(kinds)]) for i in range(n)]
+
+
+def examples_named(ids: Iterable[str]) -> list[ToyExample]:
+    """The held-out examples of some ids, made again with all that is true of them.
+
+    Args:
+        ids: As `toy_examples` gave them: seed and number, and the kind of question
+            where it is not the one of the number's turn.
+
+    Raises:
+        ValueError: An id that is of no held-out toy picture.
+    """
     found = []
-    for i in range(n):
-        rng = np.random.default_rng([HELD_OUT, seed, i])
-        kind = kinds[i % len(kinds)]
-        scene = draw_scene(rng, 2 if kind == "relation" else _count(rng))
-        found.append(_example(f"toy-{seed}-{i}", scene, [ask(scene, kind, rng)], rng))
+    for name in ids:
+        told = re.fullmatch(r"toy-(\d+)-(\d+)(?:-([a-z]+))?", name)
+        kind = told and (told[3] or KINDS[int(told[2]) % len(KINDS)])
+        if not told or kind not in KINDS:
+            raise ValueError(
+                f"{name!r} is no id of a toy picture; expected one that toy_examples "
+                "gave, such as 'toy-0-17'"
+            )
+        found.append(_held_out(int(told[1]), int(told[2]), kind))
     return found
+
+
+def _held_out(seed: int, i: int, kind: str) -> ToyExample:
+    rng = np.random.default_rng([HELD_OUT, seed, i])
+    scene = draw_scene(rng, 2 if kind == "relation" else _count(rng))
+    name = f"toy-{seed}-{i}"
+    if kind != KINDS[i % len(KINDS)]:
+        name += f"-{kind}"
+    return _example(name, scene, [ask(scene, kind, rng)], rng)
 
 
 class TrainingExamples(Sequence[ToyExample]):

@@ -41,7 +41,8 @@ a and are at background color describe find here how in is it like list look man
 nothing of on or over picture row see shape size tags the there thing things walks what
 where with , . ? :
 """
-_NUMBERS = ("zero", "one", "two", "three")
+NUMBERS = ("zero", "one", "two", "three")
+"""How many objects there are, from none."""
 _NAMES = ("anna", "tom", "mia", "ben")
 
 
@@ -98,7 +99,7 @@ def ask(
         question = f"what shape is at the {thing.row} {thing.column} ?"
         answer = thing.shape
     elif kind == "count":
-        question, answer = "how many things are there ?", _NUMBERS[len(scene.things)]
+        question, answer = "how many things are there ?", NUMBERS[len(scene.things)]
     elif kind == "existence":
         question, answer = _existence(scene, thing, rng, named_by_color)
     elif kind == "relation":
@@ -114,16 +115,22 @@ def ask_any(scene: Scene, rng: np.random.Generator) -> Turn:
     return ask(scene, str(rng.choice(kinds)), rng)
 
 
-def document(rng: np.random.Generator) -> list[tuple[str, str | None]]:
+def document(
+    rng: np.random.Generator, scene: Scene | None = None
+) -> list[tuple[str, str | None]]:
     """One text of the corpus: what is said of a scene, then a conversation on it.
 
     The language model learns from these alone; it never meets a picture.
+
+    Args:
+        rng: Chooses what is said, and the wording.
+        scene: What it is about; a random one if not given.
 
     Returns:
         Pieces of text in order, each with the kind of answer that it is (of
         `KINDS`, or `"caption"`), None for what is not an answer.
     """
-    scene = draw_scene(rng)
+    scene = draw_scene(rng) if scene is None else scene
     forms = [_listing, _tags, _grid, _story, caption]
     times = int(rng.choice([1, 2, 3], p=[0.55, 0.35, 0.1]))
     pieces: list[tuple[str, str | None]] = [
@@ -142,7 +149,7 @@ def document(rng: np.random.Generator) -> list[tuple[str, str | None]]:
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """The word-level tokenizer of the world, with its chat template."""
     words = {w for names in (COLORS, SHAPES, SIZES, ROWS, COLUMNS) for w in names}
-    words |= {*BACKGROUNDS, *_NUMBERS, *_NAMES, "yes", "no", "above", "below"}
+    words |= {*BACKGROUNDS, *NUMBERS, *_NAMES, "yes", "no", "above", "below"}
     words |= set(_COMMON.split())
     special = ["<pad>", "<bos>", "<unk>", "<user>", "<assistant>", "<end>", "<image>"]
     vocabulary = {w: i for i, w in enumerate([*special, *sorted(words)])}
