@@ -11,7 +11,8 @@ from learning import LANGUAGE, VISION, examples, train
 from tiny import D_MODEL, D_VISION
 
 from vlm_probe.adapter import LinearAdapter
-from vlm_probe.training.evaluate import ARMS, AdapterEvaluation, evaluate_adapter
+from vlm_probe.training.evaluate import evaluate_adapter
+from vlm_probe.training.evaluation import ARMS, AdapterEvaluation
 from vlm_probe.training.objective import lesson, surprise
 from vlm_probe.training.settings import Stage
 

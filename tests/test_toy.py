@@ -12,7 +12,8 @@ from vlm_probe.toy.saes import text_activations
 from vlm_probe.toy.texts import KINDS, ask, caption, document, make_tokenizer
 from vlm_probe.toy.vision import patch_owner, twin
 from vlm_probe.toy.world import COLORS, COLUMNS, ROWS, SIDE, draw_scene, render
-from vlm_probe.training.evaluate import ARMS, evaluate_adapter
+from vlm_probe.training.evaluate import evaluate_adapter
+from vlm_probe.training.evaluation import ARMS
 
 
 def test_masks_show_the_color_they_say():

@@ -20,9 +20,10 @@ from vlm_probe.probe import probe_layers
 from vlm_probe.saes import load_saes, outlines
 from vlm_probe.training.adapter import train_adapter
 from vlm_probe.training.batches import RanOutError
+from vlm_probe.training.calibration import word_norm
 from vlm_probe.training.curve import COLUMNS
 from vlm_probe.training.frozen import Frozen
-from vlm_probe.training.learner import Learner, word_norm
+from vlm_probe.training.learner import Learner
 from vlm_probe.training.session import NotFiniteError
 from vlm_probe.training.settings import PAPER, AdapterTraining, Stage
 

@@ -15,7 +15,7 @@ from vlm_probe.settings import Parts
 from vlm_probe.training.settings import PAPER, AdapterTraining, Stage
 
 if TYPE_CHECKING:
-    from vlm_probe.training.evaluate import AdapterEvaluation
+    from vlm_probe.training.evaluation import AdapterEvaluation
 
 Training = Annotated[AdapterTraining, tyro.conf.arg(name="")]
 

@@ -7,7 +7,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlm_probe.adapter import Adapter, LinearAdapter, MlpAdapter
-from vlm_probe.language import LanguageModel
 from vlm_probe.training.settings import AdapterTraining
 
 _FLOOR = 1e-4
@@ -80,26 +79,3 @@ class Learner(nn.Module):
         )
         adapter.load_state_dict(state)
         return adapter.to(self.mean.device).eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def word_norm(language: LanguageModel, texts: list[str], inject_layer: int) -> float:
-    """Mean norm of words where image vectors enter.
-
-    Before the first block that of all embeddings; later that of the residual stream at
-    the words of some texts.
-    """
-    if not inject_layer:
-        words = range(language.n_words)
-        chunks = [words[at : at + 4096] for at in range(0, len(words), 4096)]
-        norms = [language.embed(chunk).float().norm(dim=-1) for chunk in chunks]
-        return float(torch.cat(norms).mean())
-    prompts = [language.chat.text_prompt(None, text) for text in texts]
-    norms = []
-
-    def visit(_: int, residual: Tensor) -> None:
-        for row, prompt in zip(residual, prompts, strict=True):
-            norms.append(row[prompt.positions("text_only")].float().norm(dim=-1))
-
-    language.read(prompts, None, [inject_layer], visit, hook_point="resid_pre")
-    return float(torch.cat(norms).mean())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import itertools
 import math
 import signal
 import sys
@@ -24,9 +23,11 @@ from vlm_probe.adapter import Adapter
 from vlm_probe.checkpoint import Checkpoint, State
 from vlm_probe.examples import Example
 from vlm_probe.training.batches import Batch, Batches, Failure
+from vlm_probe.training.calibration import calibrate
 from vlm_probe.training.curve import Curve
 from vlm_probe.training.frozen import Frozen
-from vlm_probe.training.learner import Learner, word_norm
+from vlm_probe.training.learner import Learner
+from vlm_probe.training.provenance import configuration, told_of
 from vlm_probe.training.settings import AdapterTraining, Stage
 from vlm_probe.training.step import Step, Sums
 from vlm_probe.vision import TokenCache
@@ -153,7 +154,14 @@ class Session:
         if state is not None:
             self._restore(state)
             return
-        self._calibrate(reference_texts)
+        calibrate(
+            self._learner,
+            self._frozen.language,
+            self._batches,
+            self._settings,
+            encode=self._step.encode,
+            texts=reference_texts,
+        )
         if kept:
             self.curve.restore(0, 0)
             self.save(kept)  # so that it is known at once if it cannot be
@@ -222,51 +230,22 @@ class Session:
 
     def adapter(self, manifest: dict) -> Adapter:
         """What was learned, as an adapter of plain patch tokens."""
-        language, vision = self._frozen.language, self._frozen.vision
-        told = {
-            "stages": [
-                asdict(stage) | {"n_examples": batches.n_examples}
-                for stage, batches in zip(self._stages, self._batches, strict=True)
-            ],
-            "training": asdict(self._settings),
-            "vision": vision.name,
-            "vision_block": vision.block,
-            "language": language.name,
-            "frozen": self._frozen.digests,
-            "n_failures": len(self.failures),
-        }
-        if self._settings.inject_layer:
-            told["inject_layer"] = self._settings.inject_layer
+        told = told_of(self._frozen, self._settings, self._plan())
+        told["n_failures"] = len(self.failures)
         if not self.complete:
             told["partial"] = self.progress
         return self._learner.folded(told | manifest)
 
     def configuration(self) -> dict[str, object]:
         """All that must be the same for a run to go on, JSON only."""
-        vision, language = self._frozen.vision, self._frozen.language
-        return {
-            "settings": asdict(self._settings) | {"workers": None},
-            "stages": [
-                asdict(stage) | {"n_examples": batches.n_examples}
-                for stage, batches in zip(self._stages, self._batches, strict=True)
-            ],
-            "processes": self._accelerator.num_processes,
-            "frozen": self._frozen.digests,
-            "vision": {
-                "block": vision.block,
-                "preprocess": vision.preprocessing,
-                "device": vision.device.type,
-                "dtype": str(vision.dtype),
-                "cached": self._cached,
-            },
-            "language": {
-                "device": language.device.type,
-                "dtype": str(language.dtype),
-                "backend": language.backend,
-                "default_prompt": language.chat.default_prompt,
-                "chat_template": language.tokenizer.chat_template,
-            },
-        }
+        n_processes = self._accelerator.num_processes
+        must = configuration(self._frozen, self._settings, self._plan(), n_processes)
+        return must | {"cached": self._cached}
+
+    def _plan(self) -> list[tuple[Stage, int | None]]:
+        """Stages, and how many examples each has, if known."""
+        pairs = zip(self._stages, self._batches, strict=True)
+        return [(stage, batches.n_examples) for stage, batches in pairs]
 
     def save(self, kept: Checkpoint) -> None:
         """Writes the checkpoint."""
@@ -314,38 +293,6 @@ class Session:
         if batches.n_examples is None:
             return []  # a stream, which would have to be read again
         return batches.ids(self.step * stage.accumulate - 1)
-
-    def _calibrate(self, texts: list[str]) -> None:
-        """Scales the untrained adapter, by the first pictures that can be used."""
-        settings, patches, n = self._settings, [], 0
-        usable = itertools.chain.from_iterable(b.first() for b in self._batches)
-        pictured = (item for item in usable if item.picture is not None)
-        chosen = itertools.islice(pictured, settings.calibration)
-        while batch := list(itertools.islice(chosen, 32)):
-            patches.append(self._step.encode(batch).flatten(0, 1))
-            n += len(batch)
-        if not patches:
-            raise ValueError(
-                "no example has a picture that can be read and something said about "
-                f"it; {self._first_failure()}"
-            )
-        tokens = torch.cat(patches)
-        if settings.whiten and len(tokens) <= tokens.shape[1]:
-            raise ValueError(
-                f"{n} pictures have {len(tokens)} patch tokens, too few to whiten "
-                f"{tokens.shape[1]} dimensions; give more pictures, or whiten=False"
-            )
-        norm = word_norm(self._frozen.language, texts, settings.inject_layer)
-        self._learner.calibrate(tokens, norm, whiten=settings.whiten)
-
-    def _first_failure(self) -> str:
-        failures = (
-            f for b in self._batches for n in range(len(b)) for f in b[n].failures
-        )
-        first = next(failures, None)
-        if first is None:
-            return "all of them are without picture"
-        return f"the first, {first.id!r}: {first.error}"
 
     def _steps(
         self,
