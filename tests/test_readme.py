@@ -11,7 +11,7 @@ import torch
 from vlm_probe.adapter import LinearAdapter
 from vlm_probe.examples import data_folder
 from vlm_probe.language import LanguageModel
-from vlm_probe.model import joined
+from vlm_probe.model import loading
 from vlm_probe.vision import VisionModel
 
 README = Path(__file__).parent.parent / "README.md"
@@ -76,7 +76,7 @@ def test_the_recipes_for_real_models_run(tmp_path, monkeypatch, recwarn):
 
     monkeypatch.setattr(LanguageModel, "load", locally(LanguageModel.load))
     monkeypatch.setattr(VisionModel, "load", locally(VisionModel.load))
-    monkeypatch.setattr(joined, "load_saes", locally(joined.load_saes))
+    monkeypatch.setattr(loading, "load_saes", locally(joined.load_saes))
     monkeypatch.chdir(tmp_path)
     names = run(README.read_text().split(OWN)[1])
     assert names["model"].hook_point == "resid_pre"

@@ -92,12 +92,14 @@ def trained_toy(
     folder: Path, run: Path, steps: Mapping[str, int], settings: AdapterTraining
 ) -> tuple[FrozenParts, Adapter]:
     """An adapter trained between the toy's frozen parts; goes on where it was."""
+    from vlm_probe.adapter import load_adapter
     from vlm_probe.model import load_frozen
     from vlm_probe.toy.examples import TrainingExamples
     from vlm_probe.training.adapter import train_adapter
 
-    parts = {name: folder / name for name in ("language", "vision", "saes")}
-    frozen = load_frozen(**parts)
+    frozen = load_frozen(folder)
+    if (finished := run / "adapter.safetensors").is_file():
+        return frozen, load_adapter(finished)
     trained = train_adapter(
         frozen.vision,
         frozen.language,
