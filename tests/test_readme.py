@@ -76,7 +76,7 @@ def test_the_recipes_for_real_models_run(tmp_path, monkeypatch, recwarn):
 
     monkeypatch.setattr(LanguageModel, "load", locally(LanguageModel.load))
     monkeypatch.setattr(VisionModel, "load", locally(VisionModel.load))
-    monkeypatch.setattr(loading, "load_saes", locally(joined.load_saes))
+    monkeypatch.setattr(loading, "load_saes", locally(loading.load_saes))
     monkeypatch.chdir(tmp_path)
     names = run(README.read_text().split(OWN)[1])
     assert names["model"].hook_point == "resid_pre"
