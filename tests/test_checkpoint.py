@@ -17,7 +17,7 @@ import killable
 import pandas as pd
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load
 from tiny import tiny_model
 
 from vlm_probe.checkpoint import Checkpoint, State, stoppable
@@ -93,8 +93,10 @@ def seen_by(folder):
     file = folder / "checkpoint-0-of-1.safetensors"
     if not file.is_file():
         return 0
-    with safe_open(file, "pt") as opened:
-        return json.loads(opened.get_tensor("record").numpy().tobytes())["n_seen"]
+    # All of it at once: opened, it is mapped anew by its name, which another may have
+    # taken by then.
+    record = load(file.read_bytes())["record"]
+    return json.loads(record.numpy().tobytes())["n_seen"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

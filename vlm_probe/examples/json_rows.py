@@ -17,6 +17,8 @@ _SOMETHING = re.compile(r"[^ \t\n\r]")
 _DECODER = json.JSONDecoder()
 _LONGEST = 16
 """Characters that a word or an escape may take up before it makes sense."""
+_WORDS = ("", "null", "true", "false", "NaN", "Infinity", "-Infinity")
+"""What a value without quotes may be, but for numbers."""
 _REMEDY = "repair it there, or write or download the file again"
 
 
@@ -133,7 +135,7 @@ class _Text:
                     continue
                 raise self.wrong(
                     f"{what} at byte {place}, in row {row}",
-                    ended=open_text or not rest.strip(),
+                    ended=open_text or _may_go_on(rest),
                 ) from error
             except (RecursionError, ValueError) as error:
                 raise self.wrong(
@@ -223,3 +225,10 @@ def _of_lines(text: _Text) -> Iterator[tuple[int, int, object]]:
                 f"{n_rows}; rows of a list are put in [ ]"
             )
         n_rows += 1
+
+
+def _may_go_on(rest: str) -> bool:
+    """Whether the end of a file is the beginning of something that makes sense."""
+    rest = rest.strip()
+    begun = re.fullmatch(r"\\?u?[0-9a-fA-F]{0,4}", rest)
+    return bool(begun) or any(word.startswith(rest) for word in _WORDS)
